@@ -1,0 +1,1 @@
+"""Luthier's service: the core, the HTTP side and the command line."""

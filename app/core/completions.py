@@ -1,0 +1,97 @@
+"""Every word the API and the inference worker say to each other.
+
+A request travels one way, words travel back: any number of `Delta`, one `Finished` per choice,
+or one `Failed` for the whole request. Knows neither HTTP nor the model.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+
+class Wire(BaseModel):
+    """Plain data that crosses a process border."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FinishReason(StrEnum):
+    """Why a choice ended, in OpenAI's words."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+class WeightsKind(StrEnum):
+    """What a tuned model adds to its base: low-rank factors, or a whole set of weights."""
+
+    LORA = "lora"
+    FULL = "full"
+
+
+class TunedWeights(Wire):
+    """Weights a request asks for beside the base model. `id` is unique and never reused."""
+
+    id: str
+    kind: WeightsKind
+    path: str  # folder on this machine: a PEFT folder, or a whole model for `full`
+
+
+class Sampling(Wire):
+    """How tokens are chosen. `max_tokens` None means: up to the end of the context."""
+
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+    n: int = 1
+
+
+class CompletionRequest(Wire):
+    """One chat completion, ready to run: names resolved, rights checked, numbers bounded."""
+
+    id: str
+    project_id: str
+    base_model: str  # catalogue name; the engine of that base answers
+    tuned: TunedWeights | None = None
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+    sampling: Sampling = Sampling()
+    reply_to: str  # channel of the API process that waits
+    expires_at: float  # unix seconds; past it nobody waits for the first word any more
+
+
+class Delta(Wire):
+    """New text of one choice. Never empty; stop strings are already taken out."""
+
+    word: Literal["delta"] = "delta"
+    index: int
+    text: str
+
+
+class Finished(Wire):
+    """One choice is complete. Token counts are exact: what the model read and what it made."""
+
+    word: Literal["finished"] = "finished"
+    index: int
+    reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Failed(Wire):
+    """The whole request ended without an answer; `status` is the HTTP status it deserves."""
+
+    word: Literal["failed"] = "failed"
+    status: int
+    code: str
+    message: str
+    param: str | None = None
+
+
+Word = Annotated[Delta | Finished | Failed, Field(discriminator="word")]
+WORDS: TypeAdapter[list[Word]] = TypeAdapter(list[Word])

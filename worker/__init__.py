@@ -1,0 +1,1 @@
+"""The processes that validate, train and serve; the only code that touches a device."""

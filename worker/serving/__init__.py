@@ -1,0 +1,1 @@
+"""The serving engine. Pure: no database, no queue, no settings."""

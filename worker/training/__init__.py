@@ -1,0 +1,1 @@
+"""The training engine. Pure: no database, no queue, no settings."""

@@ -1,0 +1,126 @@
+"""Every word the training worker and its child process say to each other, as JSON lines.
+
+One `TrainSpec` goes in; what happened comes out, ended by `Finished` or `Failed`.
+Knows neither torch nor the database.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+
+class Wire(BaseModel):
+    """Plain data that crosses a process border."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Adapter(StrEnum):
+    """What is trained: factors over a 4-bit base, factors over a full-precision base, or all weights."""
+
+    QLORA = "qlora"
+    LORA = "lora"
+    FULL = "full"
+
+
+class TrainSpec(Wire):
+    """One attempt at one job. Paths are folders and files on this machine; numbers are resolved."""
+
+    job_id: str
+    attempt: int
+    base_model_dir: str
+    chat_template: str | None = None  # the catalogue's template, where it replaces the model's own
+    start_from_dir: str | None = None  # a tuned model's folder to go on from
+    training_file: str
+    validation_file: str | None = None
+    output_dir: str  # the attempt's own folder; nothing is written outside it
+    adapter: Adapter = Adapter.QLORA
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] = ()  # empty: all linear layers of the blocks
+    n_epochs: int = 3
+    batch_size: int = 4
+    learning_rate: float = 2e-4
+    seed: int = 0
+    max_length: int = 2048  # tokens; longer examples are cut at the end
+    checkpoint_interval: int | None = None  # steps; None: at the end of each epoch only
+
+
+class Metrics(Wire):
+    """What OpenAI calls metrics. Losses are mean nats per trained token, accuracies lie in 0..1."""
+
+    step: int
+    train_loss: float | None = None
+    train_mean_token_accuracy: float | None = None
+    valid_loss: float | None = None
+    valid_mean_token_accuracy: float | None = None
+    full_valid_loss: float | None = None
+    full_valid_mean_token_accuracy: float | None = None
+
+
+class Started(Wire):
+    """Data and model are ready; the first step comes next."""
+
+    word: Literal["started"] = "started"
+    total_steps: int
+    trainable_parameters: int
+    trained_tokens_per_epoch: int  # tokens the model reads in one epoch, after cutting
+    device: str
+
+
+class StepDone(Wire):
+    """One optimizer step is done."""
+
+    word: Literal["step"] = "step"
+    metrics: Metrics
+    total_steps: int
+    epoch: int  # 1-based
+    learning_rate: float
+    tokens: int  # tokens of this step's batch
+    elapsed_s: float  # since `Started`
+
+
+class CheckpointReady(Wire):
+    """A checkpoint folder is whole on disk. `dir` lies below `output_dir`."""
+
+    word: Literal["checkpoint"] = "checkpoint"
+    metrics: Metrics
+    epoch: int
+    dir: str
+    final: bool  # the last one: the tuned model itself
+
+
+class Log(Wire):
+    """Something the user should know; becomes an event of the job."""
+
+    word: Literal["log"] = "log"
+    level: Literal["info", "warn", "error"] = "info"
+    message: str
+
+
+class Failed(Wire):
+    """The attempt ended by an error. `retryable` is true where the machine, not the user, is at fault."""
+
+    word: Literal["failed"] = "failed"
+    code: str
+    message: str
+    param: str | None = None
+    retryable: bool = False
+
+
+class Finished(Wire):
+    """The attempt is complete; the last checkpoint was final."""
+
+    word: Literal["finished"] = "finished"
+    trained_tokens: int
+    steps: int
+
+
+TrainWord = Annotated[
+    Started | StepDone | CheckpointReady | Log | Failed | Finished, Field(discriminator="word")
+]
+TRAIN_WORD: TypeAdapter[TrainWord] = TypeAdapter(TrainWord)
