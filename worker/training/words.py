@@ -62,6 +62,13 @@ class Metrics(Wire):
     full_valid_mean_token_accuracy: float | None = None
 
 
+class Ready(Wire):
+    """The child process has its imports behind it and waits for a `TrainSpec`. Said once."""
+
+    word: Literal["ready"] = "ready"
+    device: str
+
+
 class Started(Wire):
     """Data and model are ready; the first step comes next."""
 
@@ -121,6 +128,6 @@ class Finished(Wire):
 
 
 TrainWord = Annotated[
-    Started | StepDone | CheckpointReady | Log | Failed | Finished, Field(discriminator="word")
+    Ready | Started | StepDone | CheckpointReady | Log | Failed | Finished, Field(discriminator="word")
 ]
 TRAIN_WORD: TypeAdapter[TrainWord] = TypeAdapter(TrainWord)

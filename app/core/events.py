@@ -1,0 +1,70 @@
+"""A job's events and checkpoints as a user reads them. What happened is written here, why elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import Session
+
+from app.core.db import utc_now
+from app.core.ids import Prefix, new_id
+from app.core.pages import Cursor, Page, read_page
+from app.core.tables import Checkpoint, Job, JobEvent
+from app.core.vocabulary import EventLevel, EventType
+
+
+def add_message(session: Session, job: Job, message: str, *, level: EventLevel = EventLevel.INFO) -> None:
+    """Record something in words. Characters that no log can show are left out."""
+    session.add(
+        JobEvent(
+            id=new_id(Prefix.EVENT),
+            job_id=job.id,
+            attempt=job.attempt,
+            level=level,
+            type=EventType.MESSAGE,
+            message="".join(c for c in message if c.isprintable() or c == "\n")[:2000],
+            data={},
+        )
+    )
+    session.flush()
+
+
+def add_metrics(session: Session, job: Job, *, message: str, step: int, data: dict[str, Any]) -> None:
+    """Record the numbers of a step once; a step trained again after a crash changes nothing."""
+    session.execute(
+        insert(JobEvent)
+        .values(
+            id=new_id(Prefix.EVENT),
+            job_id=job.id,
+            attempt=job.attempt,
+            created_at=utc_now(),
+            level=EventLevel.INFO,
+            type=EventType.METRICS,
+            message=message,
+            step=step,
+            data=data,
+        )
+        .on_conflict_do_nothing(
+            index_elements=["job_id", "step"], index_where=JobEvent.type == EventType.METRICS
+        )
+    )
+
+
+def list_events(session: Session, *, job_id: str, cursor: Cursor) -> Page[JobEvent]:
+    """Events of a job, newest first."""
+    query = select(JobEvent).where(JobEvent.job_id == job_id)
+    return read_page(session, query, keys=(JobEvent.sequence, JobEvent.id), cursor=cursor)
+
+
+def list_metrics(session: Session, *, job_id: str) -> list[dict[str, Any]]:
+    """The numbers of all steps in order, for the results file."""
+    query = select(JobEvent.data).where(JobEvent.job_id == job_id, JobEvent.type == EventType.METRICS)
+    return list(session.scalars(query.order_by(JobEvent.step)))
+
+
+def list_checkpoints(session: Session, *, job_id: str, cursor: Cursor) -> Page[Checkpoint]:
+    """Kept checkpoints of a job, newest first."""
+    query = select(Checkpoint).where(Checkpoint.job_id == job_id, Checkpoint.dropped_at.is_(None))
+    return read_page(session, query, keys=(Checkpoint.step_number, Checkpoint.id), cursor=cursor)

@@ -1,0 +1,67 @@
+"""Turns "auto" into numbers from the size of the data and what is trained. Pure.
+
+The reasons stand in docs/hyperparameters.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Auto = Literal["auto"]
+
+# Rate at learning_rate_multiplier 1. Factors start at zero and need a larger rate than whole weights.
+BASE_LEARNING_RATE = {"qlora": 1e-3, "lora": 1e-3, "full": 5e-5}
+
+
+@dataclass(frozen=True, slots=True)
+class Hyperparameters:
+    """Numbers a trainer can use."""
+
+    n_epochs: int
+    batch_size: int
+    learning_rate_multiplier: float
+
+    def as_json(self) -> dict[str, Any]:
+        """As they stand in the job object."""
+        return {
+            "n_epochs": self.n_epochs,
+            "batch_size": self.batch_size,
+            "learning_rate_multiplier": self.learning_rate_multiplier,
+        }
+
+
+def resolve(asked: dict[str, Any], *, n_examples: int) -> Hyperparameters:
+    """Replace every "auto"; numbers the user gave stay as they are, but no batch exceeds the data."""
+    batch_size = _or_auto(asked.get("batch_size"), auto_batch_size(n_examples))
+    return Hyperparameters(
+        n_epochs=_or_auto(asked.get("n_epochs"), auto_n_epochs(n_examples)),
+        batch_size=min(batch_size, n_examples),
+        learning_rate_multiplier=float(_or_auto(asked.get("learning_rate_multiplier"), 1.0)),
+    )
+
+
+def auto_n_epochs(n_examples: int) -> int:
+    """Three passes; more for a handful of examples, fewer for very many."""
+    if n_examples < 34:
+        return min(25, 100 // n_examples)
+    if n_examples > 8333:
+        return max(1, 25_000 // n_examples)
+    return 3
+
+
+def auto_batch_size(n_examples: int) -> int:
+    """About 2 % of the data, a power of two between 1 and 32."""
+    size = 1
+    while size < 32 and size * 2 <= n_examples / 32:
+        size *= 2
+    return size
+
+
+def learning_rate(multiplier: float, *, adapter: str) -> float:
+    """The rate at its peak."""
+    return BASE_LEARNING_RATE[adapter] * multiplier
+
+
+def _or_auto(value: Any, auto: Any) -> Any:
+    return auto if value in (None, "auto") else value

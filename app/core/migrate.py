@@ -1,0 +1,38 @@
+"""Brings a database to the schema this code needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from alembic.script import ScriptDirectory
+from sqlalchemy import Engine, inspect, text
+
+import migrations
+
+
+def _config(url: str) -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(Path(migrations.__file__).parent))
+    config.attributes["url"] = url
+    return config
+
+
+def upgrade(url: str) -> None:
+    """Run all migrations that are missing. Two processes at once are safe: the second waits."""
+    command.upgrade(_config(url), "head")
+
+
+def downgrade(url: str, *, revision: str) -> None:
+    """Go back to an older revision; `base` empties the database."""
+    command.downgrade(_config(url), revision)
+
+
+def is_current(engine: Engine) -> bool:
+    """Whether the database has exactly the schema this code was written for."""
+    head = ScriptDirectory.from_config(_config("")).get_current_head()
+    with engine.connect() as connection:
+        if not inspect(connection).has_table("alembic_version"):
+            return False
+        return bool(connection.scalar(text("SELECT version_num FROM alembic_version")) == head)

@@ -1,0 +1,95 @@
+"""The Celery app, and the only place where queues and tasks are named.
+
+A message about a job is a hint that holds an id; losing or doubling one costs nothing but time.
+"""
+
+from __future__ import annotations
+
+import logging
+from enum import StrEnum
+from typing import Any
+
+from celery import Celery
+from sqlalchemy.orm import Session
+
+from app.core.outbox import after_commit
+from app.core.settings import Settings
+
+log = logging.getLogger(__name__)
+
+# Without these a half-open connection leaves a worker deaf for good (celery#6348, kombu#2590).
+SOCKET_OPTIONS: dict[str, Any] = {
+    "socket_timeout": 10,
+    "socket_connect_timeout": 5,
+    "socket_keepalive": True,
+    "health_check_interval": 25,
+}
+
+
+class Queue(StrEnum):
+    """Queues by the resource they need. Inference has one more for each base model."""
+
+    CONTROL = "control"
+    TRAINING = "training"
+    INFERENCE = "inference"
+
+
+class Task(StrEnum):
+    """What a message asks for."""
+
+    VALIDATE_JOB = "luthier.validate_job"
+    RUN_JOB = "luthier.run_job"
+    COMPLETE = "luthier.complete"
+
+
+def inference_queue(base_model: str) -> str:
+    """The queue of the workers that hold this base model."""
+    return f"{Queue.INFERENCE}.{base_model}"
+
+
+def make_celery(settings: Settings) -> Celery:
+    """A Celery app over this installation's broker."""
+    app = Celery("luthier", broker=settings.redis_url, set_as_current=False)
+    app.conf.update(
+        task_serializer="json",
+        accept_content=["json"],
+        task_ignore_result=True,
+        task_acks_late=False,  # the lease, not the broker, finds the dead
+        worker_prefetch_multiplier=1,
+        worker_disable_prefetch=True,  # a waiting message must stay free for an idle worker
+        worker_hijack_root_logger=False,
+        worker_redirect_stdouts=False,
+        worker_cancel_long_running_tasks_on_connection_loss=False,
+        worker_enable_remote_control=False,  # nobody uses it, and its pub/sub socket is one more to die
+        worker_send_task_events=False,
+        broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,
+        broker_transport_options=dict(SOCKET_OPTIONS),
+        task_publish_retry=False,
+        task_default_queue=str(Queue.CONTROL),
+        enable_utc=True,
+    )
+    return app
+
+
+class Sender:
+    """Sends messages; knows nothing of who receives them."""
+
+    def __init__(self, celery: Celery) -> None:
+        self._celery = celery
+
+    def send(self, task: Task, queue: str, *args: Any) -> None:
+        """Send now; raises when the broker cannot be reached. Arguments never reach a log."""
+        self._celery.send_task(str(task), args=args, queue=queue, argsrepr="(…)", kwargsrepr="{}")
+
+    def hint(self, task: Task, job_id: str) -> None:
+        """Tell the workers of a job. A broker that is away is no error: housekeeping tells them again."""
+        queue = Queue.CONTROL if task is Task.VALIDATE_JOB else Queue.TRAINING
+        try:
+            self.send(task, str(queue), job_id)
+        except Exception as error:  # kombu raises a different class for each kind of failure
+            log.warning("hint %s for %s not sent: %s", task, job_id, type(error).__name__)
+
+    def hint_on_commit(self, session: Session, task: Task, job_id: str) -> None:
+        """Tell the workers once the row is committed."""
+        after_commit(session, lambda: self.hint(task, job_id))

@@ -1,0 +1,191 @@
+"""A model's name → what answers for it. Lists, deletes, and gives tuned models their names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import Select, select
+from sqlalchemy.orm import Session
+
+from app.core.base_models import BaseModelEntry, Catalogue
+from app.core.completions import TunedWeights, WeightsKind
+from app.core.db import utc_now
+from app.core.errors import InvalidRequest, NotFound
+from app.core.ids import random_name
+from app.core.status import FINAL
+from app.core.storage import Storage
+from app.core.tables import Job, TunedModel
+
+DEFAULT_RANK = 16
+_SHAPE = ("adapter", "rank", "alpha", "target_modules")  # fixed by the model a job goes on from
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A name as the models list shows it, with what an engine needs to answer."""
+
+    id: str
+    base_model: str
+    created_at: datetime
+    owned_by: str
+    tuned: TunedWeights | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where a new job begins: a base model, or a tuned one with the options it was made with."""
+
+    base_model: str
+    entry: BaseModelEntry
+    options: dict[str, Any] | None = None
+
+
+def list_models(
+    session: Session, storage: Storage, catalogue: Catalogue, *, project_id: str
+) -> list[ServedModel]:
+    """Base models, then the project's tuned models, newest first; checkpoints are found by name only."""
+    query = (
+        _live(project_id).where(TunedModel.is_checkpoint.is_(False)).order_by(TunedModel.created_at.desc())
+    )
+    tuned = [_served(row, storage) for row in session.scalars(query)]
+    return [_base(entry) for entry in catalogue.entries.values()] + tuned
+
+
+def resolve(
+    session: Session, storage: Storage, catalogue: Catalogue, *, project_id: str, name: str
+) -> ServedModel:
+    """The model of that name, if this project may use it."""
+    entry = catalogue.find(name)
+    if entry is not None:
+        return _base(entry)
+    row = session.scalar(_live(project_id).where(TunedModel.id == name))
+    if row is None or catalogue.find(row.base_model) is None:
+        raise NotFound(
+            f"The model '{name[:200]}' does not exist or you do not have access to it.",
+            code="model_not_found",
+            param="model",
+        )
+    return _served(row, storage)
+
+
+def find_start(session: Session, catalogue: Catalogue, *, project_id: str, name: str) -> Start | None:
+    """Where a job on `name` begins; a tuned model is locked so that it outlives the job's creation."""
+    entry = catalogue.find(name)
+    if entry is not None:
+        return Start(entry.name, entry)
+    row = session.scalar(_live(project_id).where(TunedModel.id == name).with_for_update(read=True))
+    entry = None if row is None else catalogue.find(row.base_model)
+    if row is None or entry is None:
+        return None
+    options = session.scalar(select(Job.luthier).where(Job.id == row.job_id))
+    return Start(row.base_model, entry, options)
+
+
+def training_options(start: Start, asked: dict[str, Any]) -> dict[str, Any]:
+    """The job's `luthier` object: what was asked, defaults filled in."""
+    inherited = {key: start.options[key] for key in _SHAPE} if start.options else {}
+    for key, value in inherited.items():
+        if key in asked and asked[key] != value:
+            raise InvalidRequest(
+                f"luthier.{key} must be {value!r}: a job that goes on from a tuned model keeps its shape.",
+                param=f"luthier.{key}",
+                code="invalid_value",
+            )
+    longest = start.entry.context_length
+    if asked.get("max_length", 0) > longest:
+        raise InvalidRequest(
+            f"luthier.max_length must be at most {longest}, the context length of {start.base_model}.",
+            param="luthier.max_length",
+            code="integer_above_max_value",
+        )
+    rank = asked.get("rank", inherited.get("rank", DEFAULT_RANK))
+    defaults = {
+        "adapter": start.entry.adapter,
+        "rank": rank,
+        "alpha": 2 * rank,
+        "dropout": 0.0,
+        "target_modules": list(start.entry.target_modules),
+        "max_length": None,
+        "checkpoint_interval": None,
+        "priority": 0,
+    }
+    return defaults | inherited | asked
+
+
+def delete_model(session: Session, catalogue: Catalogue, *, project_id: str, name: str) -> str:
+    """Remove a tuned model of the project; its weights go once no other name needs them."""
+    if catalogue.find(name) is not None:
+        raise InvalidRequest(f"{name} is a base model; only tuned models can be deleted.", param="model")
+    row = session.scalar(_live(project_id).where(TunedModel.id == name).with_for_update())
+    if row is None:
+        raise NotFound(f"The model '{name[:200]}' does not exist", code="model_not_found", param="model")
+    user = session.scalar(select(Job.id).where(Job.model == name, Job.status.not_in(FINAL)).limit(1))
+    if user is not None:
+        raise InvalidRequest(
+            f"{name} is in use by job {user}, which is not finished. Cancel the job or wait for its end.",
+            code="model_in_use",
+            param="model",
+        )
+    row.deleted_at = utc_now()
+    return row.id
+
+
+def purge_deleted(session: Session, storage: Storage) -> int:
+    """Remove weights that no live name needs; returns how many names were settled."""
+    rows = session.scalars(
+        select(TunedModel)
+        .where(TunedModel.deleted_at.is_not(None), TunedModel.purged_at.is_(None))
+        .limit(100)
+    ).all()
+    for row in rows:
+        shared = select(TunedModel.id).where(
+            TunedModel.storage_key == row.storage_key, TunedModel.deleted_at.is_(None)
+        )
+        if session.scalar(shared.limit(1)) is None:
+            storage.delete(row.storage_key)
+        row.purged_at = utc_now()
+    return len(rows)
+
+
+def new_model_name(job: Job, *, organization_slug: str) -> str:
+    """`ft:base:org:suffix:uid`; without a suffix its place stays empty."""
+    return f"ft:{job.base_model}:{organization_slug}:{job.suffix or ''}:{random_name(8)}"
+
+
+def add_model(session: Session, job: Job, *, name: str, storage_key: str, is_checkpoint: bool) -> TunedModel:
+    """Give weights in storage a name that answers in chat."""
+    kind = WeightsKind.FULL if job.luthier["adapter"] == "full" else WeightsKind.LORA
+    row = TunedModel(
+        id=name,
+        project_id=job.project_id,
+        job_id=job.id,
+        base_model=job.base_model,
+        kind=kind,
+        storage_key=storage_key,
+        is_checkpoint=is_checkpoint,
+    )
+    session.add(row)
+    session.flush()
+    return row
+
+
+def find_weights(session: Session, *, project_id: str, name: str) -> TunedModel | None:
+    """The live tuned model of that name."""
+    return session.scalar(_live(project_id).where(TunedModel.id == name))
+
+
+def _base(entry: BaseModelEntry) -> ServedModel:
+    return ServedModel(entry.name, entry.name, datetime(2024, 10, 31, tzinfo=UTC), "luthier")
+
+
+def _served(row: TunedModel, storage: Storage) -> ServedModel:
+    weights = TunedWeights(
+        id=row.storage_key.rpartition("/")[2], kind=row.kind, path=str(storage.path(row.storage_key))
+    )
+    return ServedModel(row.id, row.base_model, row.created_at, row.project_id, weights)
+
+
+def _live(project_id: str) -> Select[TunedModel]:
+    return select(TunedModel).where(TunedModel.project_id == project_id, TunedModel.deleted_at.is_(None))

@@ -1,0 +1,86 @@
+"""Loads base models and their tokenizers from a folder, and chooses device and number type.
+
+Knows no names, catalogues or downloads, and nothing of adapters. Only safetensors are read and no code
+of a model's folder is ever run.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def pick_device() -> torch.device:
+    """The first CUDA device where there is one, else the CPU."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it natively, else float32.
+
+    On a CPU without bf16 units a bf16 product is emulated and about 7 times slower than float32.
+    """
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    return torch.bfloat16 if _cpu_has_bf16_units() else torch.float32
+
+
+def load_tokenizer(dir: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder, from local files only."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(dir, local_files_only=True, trust_remote_code=False)
+
+
+def load_base_model(
+    dir: str | Path, *, quantize_4bit: bool, device: torch.device, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """The causal language model of a folder, frozen in evaluation mode, on `device`.
+
+    `quantize_4bit` stores the linear layers of the blocks as NF4 with double quantization (Dettmers et
+    al. 2023, "QLoRA", section 3) and multiplies in `dtype`; `dtype` None means `compute_dtype(device)`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    dtype = dtype or compute_dtype(device)
+    model = AutoModelForCausalLM.from_pretrained(
+        dir,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        attn_implementation="sdpa",
+        dtype=dtype,
+        device_map={"": device},
+        quantization_config=_nf4(dtype) if quantize_4bit else None,
+    )
+    model.requires_grad_(False)
+    for module in model.modules():
+        # Else bitsandbytes 0.50 repacks NF4 weights in place at the first evaluation on CPUs with
+        # AVX512-BF16: scales rounded to bfloat16, and no gradient from then on, also back in training mode.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return cast("PreTrainedModel", model.train(False))
+
+
+def _nf4(dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    config: Any = BitsAndBytesConfig  # its constructor carries no types
+    return config(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _cpu_has_bf16_units() -> bool:
+    """True on CPUs with AVX512-BF16 or AMX-BF16; ARM is left at float32, which is fast there."""
+    find = getattr(torch.cpu, "get_capabilities", None)  # torch 2.13; elsewhere float32 is always right
+    capabilities = find() if find else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

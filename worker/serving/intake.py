@@ -1,0 +1,114 @@
+"""Turns a request into a `Completion`: tokens counted, limits checked, choices opened.
+
+What cannot be answered is refused here, before any work on the device. Knows the tokenizer, the chat
+template and the model's context length.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from app.core.completions import CompletionRequest, Failed
+from worker.chat_template import ChatTemplate, ChatTemplateError
+from worker.serving.sequence import Completion, open_sequences
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
+
+
+class Refused(Exception):
+    """The request cannot be answered; `failed` is what its sender is told."""
+
+    def __init__(self, failed: Failed) -> None:
+        super().__init__(failed.message)
+        self.failed = failed
+
+
+class Intake:
+    """Prompts of one model. `end_ids`: tokens that end an answer."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, *, chat_template: str | None
+    ) -> None:
+        self.tokenizer = tokenizer
+        self._template = ChatTemplate(tokenizer, chat_template)
+        self.context_length: int = model.config.max_position_embeddings
+        self.end_ids = find_end_ids(tokenizer, model, self._template)
+
+    def open(self, request: CompletionRequest) -> Completion:
+        """The completion of `request`, all choices waiting. Raises Refused."""
+        prompt_ids = self._encode(request)
+        limit = self._limit(request, len(prompt_ids))
+        completion = Completion(request, prompt_ids, self.end_ids, limit)
+        open_sequences(completion, self.tokenizer)
+        return completion
+
+    def _encode(self, request: CompletionRequest) -> list[int]:
+        try:
+            return self._template.encode_prompt(request.messages, request.tools)
+        except ChatTemplateError as error:
+            raise _invalid("messages", str(error)) from error
+        except Exception as error:  # a template may fail in any way; the request is at fault, not the engine
+            _log.warning("chat template failed: %s: %s", type(error).__name__, error)
+            raise _invalid("messages", "The model's chat template cannot render these messages.") from error
+
+    def _limit(self, request: CompletionRequest, prompt_tokens: int) -> int:
+        """Tokens each choice may have: `max_tokens`, or what the context leaves."""
+        asked = request.sampling.max_tokens
+        if asked is not None and asked < 1:
+            raise _invalid("max_tokens", f"max_tokens is {asked}, but must be at least 1.")
+        if prompt_tokens == 0:
+            raise _invalid("messages", "The messages come to no tokens at all; write something in them.")
+        if prompt_tokens + (asked or 1) > self.context_length:
+            raise Refused(self._too_long(prompt_tokens, asked))
+        return asked if asked is not None else self.context_length - prompt_tokens
+
+    def _too_long(self, prompt_tokens: int, asked: int | None) -> Failed:
+        limit = f"This model's maximum context length is {self.context_length} tokens."
+        if asked is None or prompt_tokens >= self.context_length:
+            counted = f"However, your messages resulted in {prompt_tokens} tokens."
+            cure = f"Please reduce the length of the messages to at most {self.context_length - 1} tokens."
+        else:
+            counted = (
+                f"However, you requested {prompt_tokens + asked} tokens "
+                f"({prompt_tokens} in the messages, {asked} in the completion)."
+            )
+            cure = (
+                "Please reduce the length of the messages, "
+                f"or max_tokens to at most {self.context_length - prompt_tokens}."
+            )
+        message = f"{limit} {counted} {cure}"
+        return Failed(status=400, code="context_length_exceeded", message=message, param="messages")
+
+
+def find_end_ids(
+    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, template: ChatTemplate
+) -> frozenset[int]:
+    """All tokens that end an answer: the model's, the tokenizer's, and the template's end of turn.
+
+    Base models often name only `<|endoftext|>`, while the template (and so the training) ends a turn with
+    another token.
+    """
+    sources = (model.generation_config, model.config, tokenizer)
+    found = [getattr(source, "eos_token_id", None) for source in sources]
+    ids = {id for value in found if value is not None for id in (value if isinstance(value, list) else [value])}
+    ids |= _end_of_turn_ids(tokenizer, template)
+    return frozenset(ids)
+
+
+def _end_of_turn_ids(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> set[int]:
+    """The control token that closes an assistant message, if the template writes one."""
+    turn: list[dict[str, Any]] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        example = template.encode_example(turn)
+    except ChatTemplateError:
+        return set()
+    labels = [id for id, is_label in zip(example.ids, example.is_label, strict=True) if is_label]
+    return set(labels[-1:]) & set(tokenizer.added_tokens_decoder)
+
+
+def _invalid(param: str, message: str) -> Refused:
+    return Refused(Failed(status=400, code="invalid_value", message=message, param=param))

@@ -1,0 +1,66 @@
+"""The queue of sequences that wait for a row: first come first served within a project, projects in turn.
+
+So a project with a thousand waiting requests delays another project's single one by one place, not by a
+thousand. Knows nothing of memory: the batch decides whether the next one fits, and nobody overtakes it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+
+from worker.serving.sequence import Completion, Sequence
+
+
+class FairQueue:
+    """Waiting sequences, a line per project; the first line is served next."""
+
+    def __init__(self) -> None:
+        self._lines: OrderedDict[str, deque[Sequence]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return sum(len(line) for line in self._lines.values())
+
+    def __iter__(self) -> Iterator[Sequence]:
+        for line in self._lines.values():
+            yield from line
+
+    def push(self, sequence: Sequence) -> None:
+        """Add at the end of its project's line; a new line starts last."""
+        self._lines.setdefault(_project(sequence), deque()).append(sequence)
+
+    def push_front(self, sequence: Sequence) -> None:
+        """Make it the very next: a sequence that had to give its row back has waited already."""
+        project = _project(sequence)
+        self._lines.setdefault(project, deque()).appendleft(sequence)
+        self._lines.move_to_end(project, last=False)
+
+    def peek(self) -> Sequence | None:
+        """The one to be served next."""
+        for line in self._lines.values():
+            return line[0]
+        return None
+
+    def pop(self) -> Sequence:
+        """Take the next one; its project goes behind the others."""
+        project, line = next(iter(self._lines.items()))
+        sequence = line.popleft()
+        if line:
+            self._lines.move_to_end(project)
+        else:
+            del self._lines[project]
+        return sequence
+
+    def remove(self, completion: Completion) -> None:
+        """Drop all waiting sequences of one completion."""
+        project = completion.request.project_id
+        line = self._lines.get(project, deque())
+        kept = deque(sequence for sequence in line if sequence.completion is not completion)
+        if kept:
+            self._lines[project] = kept
+        else:
+            self._lines.pop(project, None)
+
+
+def _project(sequence: Sequence) -> str:
+    return sequence.completion.request.project_id

@@ -1,0 +1,44 @@
+"""How an attempt can end badly: errors that become a `Failed` word, each with a code and a cure.
+
+Knows nothing of processes; whoever runs the loop decides what happens to unknown errors.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from worker.training.words import Failed
+
+
+class TrainingError(Exception):
+    """The attempt cannot go on. `message` is shown to the user as it is."""
+
+    def __init__(self, code: str, message: str, *, param: str | None = None, retryable: bool = False) -> None:
+        super().__init__(message)
+        self.word = Failed(code=code, message=message, param=param, retryable=retryable)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for every way Python and torch say that memory ran out."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    # The CPU allocator raises a plain RuntimeError.
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+def out_of_memory() -> Failed:
+    """What the user is told when memory ran out."""
+    return Failed(
+        code="out_of_memory",
+        message=(
+            "The training worker ran out of memory. Lower batch_size or luthier.max_length, choose the "
+            "qlora adapter, or use a machine with more memory."
+        ),
+    )
+
+
+def server_error() -> Failed:
+    """What the user is told about errors that are ours; the traceback stays in the worker's log."""
+    return Failed(
+        code="server_error", message="The training worker had an unexpected error.", retryable=True
+    )
