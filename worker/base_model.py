@@ -62,8 +62,8 @@ def load_base_model(
     for module in model.modules():
         # Else bitsandbytes 0.50 repacks NF4 weights in place at the first evaluation on CPUs with
         # AVX512-BF16: scales rounded to bfloat16, and no gradient from then on, also back in training mode.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+        if "support_avx512bf16_for_cpu" in vars(module):
+            vars(module)["support_avx512bf16_for_cpu"] = False
     return cast("PreTrainedModel", model.train(False))
 
 

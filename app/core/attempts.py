@@ -96,21 +96,21 @@ def fail(session: Session, attempt: Attempt, *, error: dict[str, str | None]) ->
     return job
 
 
+def hand_back(session: Session, attempt: Attempt) -> None:
+    """Return a job whose worker is being stopped; it waits in its old place and has lost no try."""
+    job = write(session, attempt, _WAITING)
+    events.add_message(session, job, "The worker was stopped; the job is queued again")
+
+
 def requeue(session: Session, attempt: Attempt, *, reason: str, max_attempts: int) -> JobStatus:
     """Put a job whose attempt died back into the queue, or fail it after too many deaths."""
-    if attempt.number >= max_attempts:
-        text_ = f"The job failed after {attempt.number} attempts. Last: {reason}"
-        fail(session, attempt, error={"code": "worker_lost", "message": text_, "param": None})
+    job = write(session, attempt, {"deaths": Job.deaths + 1})
+    if job.deaths >= max_attempts:
+        message = f"The job failed after {job.deaths} attempts. {reason}"
+        fail(session, attempt, error={"code": "worker_lost", "message": message, "param": None})
         return JobStatus.FAILED
-    values = {
-        "status": JobStatus.QUEUED,
-        "worker": None,
-        "lease_expires_at": None,
-        "estimated_finish": None,
-        "hinted_at": None,
-    }
-    job = write(session, attempt, values)
-    again = f"{reason} The job is queued again (attempt {attempt.number} of {max_attempts})"
+    write(session, attempt, _WAITING)
+    again = f"{reason} The job is queued again (attempt {job.deaths} of {max_attempts})"
     events.add_message(session, job, again, level=EventLevel.WARN)
     return JobStatus.QUEUED
 
@@ -142,6 +142,15 @@ def fail_validation(session: Session, job_id: str, *, error: dict[str, str | Non
     if job is not None:
         events.add_message(session, job, str(error["message"]), level=EventLevel.ERROR)
     return job
+
+
+_WAITING: dict[str, Any] = {
+    "status": JobStatus.QUEUED,
+    "worker": None,
+    "lease_expires_at": None,
+    "estimated_finish": None,
+    "hinted_at": None,
+}
 
 
 def _move(

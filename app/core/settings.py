@@ -51,7 +51,7 @@ class Settings(BaseSettings):
     word_gap_s: float = Field(default=120.0, gt=0)  # silence in the middle of an answer that ends it
     presence_s: float = Field(default=10.0, gt=0)  # a worker not heard of for so long counts as gone
     max_batch: int = Field(default=16, ge=1)  # sequences decoded together by one engine
-    kv_budget_bytes: int = Field(default=2 * 2**30, gt=0)  # keys and values of all running sequences
+    max_tokens_in_flight: int = Field(default=16_384, ge=256)  # tokens of all running sequences of a model
     max_adapters: int = Field(default=16, ge=1)  # adapters one engine keeps in memory
     max_requests_in_flight: int = Field(default=64, ge=1)  # chat requests one inference worker holds
     inference_models: str = ""  # comma-separated base models a worker serves; empty: all of the catalogue

@@ -105,6 +105,7 @@ class Job(Base):
     result_file: Mapped[str | None]
     fine_tuned_model: Mapped[str | None]
     attempt: Mapped[int] = mapped_column(default=0)
+    deaths: Mapped[int] = mapped_column(default=0)  # attempts that ended by the machine's fault
     worker: Mapped[str | None]
     lease_expires_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     hinted_at: Mapped[datetime | None] = mapped_column(UtcDateTime)  # last message sent about it

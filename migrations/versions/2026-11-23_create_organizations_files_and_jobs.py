@@ -122,6 +122,7 @@ def _create_jobs() -> None:
         sa.Column("result_file", sa.String(), nullable=True),
         sa.Column("fine_tuned_model", sa.String(), nullable=True),
         sa.Column("attempt", sa.Integer(), nullable=False),
+        sa.Column("deaths", sa.Integer(), nullable=False),
         sa.Column("worker", sa.String(), nullable=True),
         sa.Column("lease_expires_at", _moment(), nullable=True),
         sa.Column("hinted_at", _moment(), nullable=True),

@@ -1,0 +1,101 @@
+"""What the control worker does: reads a job's files before it may queue, and keeps house."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from sqlalchemy import select, update
+
+from app.core import attempts, hyperparameters
+from app.core.dataset import DatasetError, read_examples, read_lines
+from app.core.db import transaction, utc_now
+from app.core.housekeeping import sweep
+from app.core.log import bind
+from app.core.queue import Task
+from app.core.status import JobStatus
+from app.core.tables import File, Job
+from worker.context import Context
+
+log = logging.getLogger(__name__)
+FRESH_S = 4.0  # how often a long validation says it is alive, so that nobody sends its hint again
+
+
+class BadFileError(Exception):
+    """A file the job cannot use, as the job's error object."""
+
+    def __init__(self, *, code: str, message: str, param: str) -> None:
+        super().__init__(message)
+        self.error: dict[str, str | None] = {"code": code, "message": message, "param": param}
+
+
+def validate_job(context: Context, job_id: str) -> None:
+    """Read the files of a job; queue it, or fail it with the line that is wrong."""
+    with bind(job=job_id), transaction(context.sessions) as session:
+        job = session.scalar(select(Job).where(Job.id == job_id, Job.status == JobStatus.VALIDATING_FILES))
+    if job is None:
+        return
+    try:
+        n_examples = _count_examples(context, job, "training_file")
+        if job.validation_file is not None:
+            _count_examples(context, job, "validation_file")
+    except BadFileError as bad:
+        with transaction(context.sessions) as session:
+            attempts.fail_validation(session, job_id, error=bad.error)
+        log.info("job %s: %s", job_id, bad.error["code"])
+        return
+    resolved = hyperparameters.resolve(job.hyperparameters, n_examples=n_examples)
+    with transaction(context.sessions) as session:
+        if attempts.finish_validation(session, job_id, hyperparameters=resolved.as_json()) is not None:
+            context.sender.hint_on_commit(session, Task.RUN_JOB, job_id)
+
+
+def keep_house(context: Context) -> None:
+    """One round of housekeeping, unless another control worker is at it."""
+    with transaction(context.sessions) as session:
+        swept = sweep(session, context.storage, context.sender, context.settings)
+    if swept is not None and (swept.requeued or swept.expired or swept.purged):
+        log.info("housekeeping: %s", swept)
+
+
+def _count_examples(context: Context, job: Job, param: str) -> int:
+    """How many examples a file of the job holds; raises BadFileError."""
+    file_id: str = getattr(job, param)
+    name = param.replace("_", " ")
+    with context.sessions() as session:
+        row = session.scalar(select(File).where(File.id == file_id, File.deleted_at.is_(None)))
+    if row is None or not context.storage.path(row.storage_key).exists():
+        text = f"The {name} {file_id} no longer exists. Upload it again and create a new job"
+        raise BadFileError(code="file_not_found", message=text, param=param)
+    count, fresh_at = 0, time.monotonic()
+    try:
+        with context.storage.open(row.storage_key) as file:
+            for _ in read_examples(read_lines(file, max_line_bytes=context.settings.max_line_bytes)):
+                count += 1
+                if time.monotonic() - fresh_at > FRESH_S:
+                    fresh_at = time.monotonic()
+                    _stay_fresh(context, job.id)
+    except DatasetError as error:
+        text = f"The job failed due to an invalid {name}. {error.message}"
+        raise BadFileError(code=f"invalid_{param}", message=text, param=param) from None
+    _check_count(context, param, count)
+    return count
+
+
+def _check_count(context: Context, param: str, count: int) -> None:
+    settings = context.settings
+    least = settings.min_examples if param == "training_file" else 1
+    name = param.replace("_", " ").capitalize()
+    if count < least:
+        text = f"{name} has {count} example(s), but must have at least {least} examples"
+        raise BadFileError(code="invalid_n_examples", message=text, param=param)
+    if count > settings.max_examples:
+        text = f"{name} has {count} examples, but may have at most {settings.max_examples}"
+        raise BadFileError(code="invalid_n_examples", message=text, param=param)
+
+
+def _stay_fresh(context: Context, job_id: str) -> None:
+    values: dict[str, Any] = {"hinted_at": utc_now()}
+    with transaction(context.sessions) as session:
+        session.execute(update(Job).where(Job.id == job_id).values(values))

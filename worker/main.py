@@ -1,0 +1,155 @@
+"""Starts one worker process: a Celery worker on one queue, and the threads that belong to it.
+
+Which tasks a process knows follows from its queue, so a training worker's Celery process never
+imports torch: only its child does.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from celery import Celery
+from celery.signals import worker_ready, worker_shutdown, worker_shutting_down
+
+from app.core import presence
+from app.core.log import configure
+from app.core.queue import Queue, Task, inference_queue
+from app.core.settings import Settings
+from worker.beat import Beat
+from worker.context import Context, make_context
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Role:
+    """What makes a process a control, a training or an inference worker."""
+
+    queues: list[str]
+    concurrency: int
+    about: Callable[[], dict[str, Any] | None]  # what it says of itself; None: not ready
+    beats: list[Beat] = field(default_factory=list)
+    on_stopping: Callable[[], None] = lambda: None  # asked to stop; tasks still run
+    on_stopped: Callable[[], None] = lambda: None  # all tasks are done
+
+
+def run(settings: Settings, queue: Queue) -> None:
+    """Work on one queue until told to stop."""
+    configure(f"worker.{queue}", level=settings.log_level)
+    context = make_context(settings)
+    role = _ROLES[queue](context)
+    role.beats.append(_presence_beat(context, queue, role))
+    _connect_signals(context, queue, role)
+    context.celery.Worker(
+        queues=role.queues,
+        pool="threads",
+        concurrency=role.concurrency,
+        hostname=f"{queue}@{context.worker}",
+        loglevel=settings.log_level,
+        without_gossip=True,
+        without_mingle=True,
+        without_heartbeat=True,
+        task_events=False,
+        quiet=True,
+    ).start()
+
+
+def _control(context: Context) -> Role:
+    from worker import control
+
+    _task(context.celery, Task.VALIDATE_JOB, lambda job_id: control.validate_job(context, job_id))
+    house = Beat("housekeeping", lambda: control.keep_house(context), every_s=context.settings.sweep_s)
+    return Role([str(Queue.CONTROL)], 2, lambda: {}, [house])
+
+
+def _training(context: Context) -> Role:
+    from worker.runner import Runner
+    from worker.trainer import Trainer
+
+    trainer = Trainer(grace_s=context.settings.trainer_grace_s)
+    runner = Runner(context, trainer)
+    _task(context.celery, Task.RUN_JOB, lambda _job_id: runner.run_waiting())
+    warm = Beat("trainer", runner.keep_warm, every_s=1.0)
+    return Role(
+        [str(Queue.TRAINING)],
+        1,
+        lambda: {} if trainer.is_ready else None,
+        [warm],
+        on_stopping=runner.stopping.set,
+        on_stopped=trainer.stop,
+    )
+
+
+def _inference(context: Context) -> Role:
+    from worker.inference import Inference
+
+    inference = Inference(context)
+    inference.preload()
+    _task(context.celery, Task.COMPLETE, inference.complete)
+    cancels = Beat("cancels", inference.listen_for_cancels, every_s=1.0)
+
+    def about() -> dict[str, Any] | None:
+        names = inference.available()
+        return {"base_models": names} if names else None
+
+    return Role(
+        [inference_queue(entry.name) for entry in inference.entries()],
+        context.settings.max_requests_in_flight,
+        about,
+        [cancels],
+        on_stopped=inference.stop,
+    )
+
+
+_ROLES: dict[Queue, Callable[[Context], Role]] = {
+    Queue.CONTROL: _control,
+    Queue.TRAINING: _training,
+    Queue.INFERENCE: _inference,
+}
+
+
+def _task(celery: Celery, name: Task, action: Callable[..., None]) -> None:
+    def guarded(*args: Any) -> None:
+        try:
+            action(*args)
+        except Exception:  # the row or the client's deadline tells the rest; a task has no result
+            log.exception("%s failed", name)
+
+    celery.task(guarded, name=str(name), ignore_result=True)
+
+
+def _presence_beat(context: Context, queue: Queue, role: Role) -> Beat:
+    ttl_s = context.settings.presence_s
+
+    def announce() -> None:
+        about = role.about()
+        if about is not None:
+            presence.announce(context.redis, kind=queue, worker=context.worker, about=about, ttl_s=ttl_s)
+
+    return Beat("presence", announce, every_s=min(1.0, ttl_s / 3))
+
+
+def _connect_signals(context: Context, queue: Queue, role: Role) -> None:
+    def ready(**_: Any) -> None:
+        log.info("ready for %s", ", ".join(role.queues))
+        for beat in role.beats:
+            beat.start()
+
+    def stopping(**_: Any) -> None:
+        role.on_stopping()
+
+    def stopped(**_: Any) -> None:
+        for beat in role.beats:
+            beat.stop()
+        role.on_stopped()
+        try:
+            presence.withdraw(context.redis, kind=queue, worker=context.worker)
+        except Exception:  # the entry ends by itself
+            log.info("presence not withdrawn")
+
+    worker_ready.connect(ready, weak=False)
+    worker_shutting_down.connect(stopping, weak=False)
+    worker_shutdown.connect(stopped, weak=False)

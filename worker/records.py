@@ -1,0 +1,158 @@
+"""What an attempt leaves behind: steps, checkpoints, results. Every write asks whether it still may."""
+
+from __future__ import annotations
+
+import csv
+import io
+import shutil
+from datetime import timedelta
+from pathlib import Path
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from app.core import attempts, events, served_models
+from app.core.attempts import Attempt
+from app.core.db import utc_now
+from app.core.files import NewFile, create_file
+from app.core.ids import Prefix, new_id
+from app.core.outbox import after_commit
+from app.core.tables import Checkpoint, Job, Organization, TunedModel
+from app.core.vocabulary import EventLevel, Purpose
+from worker.context import Context
+from worker.training.words import CheckpointReady, Finished, Log, StepDone
+
+RESULT_COLUMNS = {  # OpenAI's column names, uneven as they are, and the metrics they show
+    "step": "step",
+    "train_loss": "train_loss",
+    "train_accuracy": "train_mean_token_accuracy",
+    "valid_loss": "valid_loss",
+    "valid_mean_token_accuracy": "valid_mean_token_accuracy",
+}
+
+
+def attempt_folder(context: Context, job_id: str, attempt: int) -> Path:
+    """The only folder an attempt may write to; on the same disk as the weights it publishes."""
+    return context.storage.path(f"attempts/{job_id}-{attempt}")
+
+
+def drop_attempt_folder(context: Context, attempt: Attempt) -> None:
+    """Remove what an ended attempt did not publish."""
+    shutil.rmtree(attempt_folder(context, attempt.job_id, attempt.number), ignore_errors=True)
+
+
+def record_step(session: Session, attempt: Attempt, word: StepDone) -> None:
+    """Metrics of a step, and when the job will end at this pace."""
+    metrics = word.metrics
+    left_s = word.elapsed_s / metrics.step * (word.total_steps - metrics.step)
+    job = attempts.write(session, attempt, {"estimated_finish": utc_now() + timedelta(seconds=left_s)})
+    data = metrics.model_dump(exclude_none=True) | {"total_steps": word.total_steps}
+    events.add_metrics(session, job, message=_step_message(word), step=metrics.step, data=data)
+
+
+def publish_checkpoint(context: Context, attempt: Attempt, word: CheckpointReady) -> str:
+    """Move a whole checkpoint folder into storage, under a name only its row will tell; its key."""
+    key = f"weights/{attempt.job_id}-{attempt.number}-{word.metrics.step}"
+    context.storage.publish_dir(Path(word.dir), key)
+    return key
+
+
+def record_checkpoint(
+    context: Context, session: Session, attempt: Attempt, made: tuple[CheckpointReady, str]
+) -> None:
+    """The row and the model's name of a published checkpoint. One step has one checkpoint."""
+    word, key = made
+    job = attempts.write(session, attempt, {})
+    step = word.metrics.step
+    known = session.scalar(
+        select(Checkpoint).where(Checkpoint.job_id == job.id, Checkpoint.step_number == step)
+    )
+    if known is not None:  # trained again after a crash: the newer weights stand behind the same name
+        model = session.get_one(TunedModel, known.model_id)
+        older, model.storage_key = model.storage_key, key
+        after_commit(session, lambda: context.storage.delete(older))
+        return
+    name = served_models.new_model_name(job, organization_slug=_slug(session, job)) + f":ckpt-step-{step}"
+    served_models.add_model(session, job, name=name, storage_key=key, is_checkpoint=True)
+    session.add(
+        Checkpoint(
+            id=new_id(Prefix.CHECKPOINT),
+            job_id=job.id,
+            model_id=name,
+            step_number=step,
+            metrics=word.metrics.model_dump(),
+        )
+    )
+    session.flush()
+    events.add_message(session, job, f"Checkpoint created at step {step} with Snapshot ID: {name}")
+    _drop_old_checkpoints(session, job.id, keep=context.settings.kept_checkpoints)
+
+
+def record_log(session: Session, attempt: Attempt, word: Log) -> None:
+    """Something the trainer wants the user to know."""
+    job = attempts.write(session, attempt, {})
+    events.add_message(session, job, word.message, level=EventLevel(word.level))
+
+
+def record_success(context: Context, session: Session, attempt: Attempt, word: Finished) -> None:
+    """The results file, the model's name, and the end of the job, in one transaction."""
+    job = attempts.write(session, attempt, {})
+    last = session.scalars(
+        select(Checkpoint).where(Checkpoint.job_id == job.id).order_by(Checkpoint.step_number.desc())
+    ).first()
+    assert last is not None, "a finished attempt has published its final checkpoint"
+    key = session.get_one(TunedModel, last.model_id).storage_key
+    name = served_models.new_model_name(job, organization_slug=_slug(session, job))
+    served_models.add_model(session, job, name=name, storage_key=key, is_checkpoint=False)
+    result_file = _add_results(context, session, job)
+    values = {"fine_tuned_model": name, "trained_tokens": word.trained_tokens, "result_file": result_file}
+    job = attempts.succeed(session, attempt, values=values)
+    events.add_message(session, job, f"New fine-tuned model created: {name}")
+    events.add_message(session, job, "The job has successfully completed")
+
+
+def _add_results(context: Context, session: Session, job: Job) -> str:
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(RESULT_COLUMNS)
+    for row in events.list_metrics(session, job_id=job.id):
+        table.writerow([row.get(metric, "") for metric in RESULT_COLUMNS.values()])
+    pending = context.storage.begin()
+    try:
+        pending.write(text.getvalue().encode())
+        new = NewFile(filename="step_metrics.csv", purpose=Purpose.FINE_TUNE_RESULTS)
+        return create_file(session, context.storage, project_id=job.project_id, new=new, pending=pending).id
+    finally:
+        pending.discard()
+
+
+def _drop_old_checkpoints(session: Session, job_id: str, *, keep: int) -> None:
+    kept = (
+        select(Checkpoint)
+        .where(Checkpoint.job_id == job_id, Checkpoint.dropped_at.is_(None))
+        .order_by(Checkpoint.step_number.desc())
+        .offset(keep)
+    )
+    for old in session.scalars(kept).all():
+        old.dropped_at = utc_now()
+        session.get_one(TunedModel, old.model_id).deleted_at = utc_now()
+    session.flush()
+
+
+def _step_message(word: StepDone) -> str:
+    """In the words that OpenAI's users parse."""
+    metrics = word.metrics
+    text = f"Step {metrics.step}/{word.total_steps}: training loss={_shown(metrics.train_loss)}"
+    if metrics.valid_loss is not None:
+        text += f", validation loss={_shown(metrics.valid_loss)}"
+    if metrics.full_valid_loss is not None:
+        text += f", full validation loss={_shown(metrics.full_valid_loss)}"
+    return text
+
+
+def _shown(loss: float | None) -> str:
+    return "n/a" if loss is None else f"{loss:.2f}"
+
+
+def _slug(session: Session, job: Job) -> str:
+    return session.get_one(Organization, job.organization_id).slug

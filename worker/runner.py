@@ -1,0 +1,205 @@
+"""The story of one job, top to bottom: claim, train, record, end. Where database and trainer meet.
+
+The row is asked before every write whether this attempt still owns the job; no transaction is open
+while the device works.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.orm import Session
+
+from app.core import attempts, events
+from app.core.attempts import Attempt, AttemptLost
+from app.core.db import transaction
+from app.core.log import bind
+from app.core.tables import Job
+from worker import records
+from worker.context import Context
+from worker.spec import MissingInputError, make_spec
+from worker.trainer import Trainer, TrainerDiedError
+from worker.training.words import CheckpointReady, Failed, Finished, Log, StepDone, TrainSpec, TrainWord
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class LeaseUnsafeError(Exception):
+    """The lease could not be renewed and is about to run out: stop before someone else starts."""
+
+
+class StoppingError(Exception):
+    """This worker is being stopped."""
+
+
+class Runner:
+    """Runs waiting jobs one after another on one trainer."""
+
+    def __init__(self, context: Context, trainer: Trainer) -> None:
+        self._context = context
+        self._trainer = trainer
+        self._settings = context.settings
+        self.stopping = threading.Event()
+
+    def keep_warm(self) -> None:
+        """Start the trainer when there is none, so that the next job finds it ready."""
+        if not self.stopping.is_set():
+            self._trainer.start()
+
+    def run_waiting(self) -> None:
+        """Run jobs until none waits. The message that led here named one; the best one is taken."""
+        while not self.stopping.is_set():
+            with transaction(self._context.sessions) as session:
+                job = attempts.claim_job(session, worker=self._context.worker, lease_s=self._settings.lease_s)
+                if job is None:
+                    return
+                events.add_message(session, job, "Fine-tuning job started")
+            with bind(job=job.id, attempt=str(job.attempt)):
+                _AttemptRun(self._context, self._trainer, job, self.stopping).run()
+
+
+class _AttemptRun:
+    """One attempt at one job, from its claim to its end."""
+
+    def __init__(self, context: Context, trainer: Trainer, job: Job, stopping: threading.Event) -> None:
+        self._context = context
+        self._settings = context.settings
+        self._trainer = trainer
+        self._job = job
+        self._attempt = Attempt(job.id, job.attempt)
+        self._stopping = stopping
+        self._renewed_at = time.monotonic()
+        self._checked_at = time.monotonic()
+        self._heard_at = time.monotonic()
+
+    def run(self) -> None:
+        """Train and record; whatever happens, the job's row tells it and the trainer is free again."""
+        log.info("attempt started")
+        try:
+            self._train(make_spec(self._context, self._job))
+        except MissingInputError as missing:
+            error = missing.error
+            self._end(lambda session: attempts.fail(session, self._attempt, error=error))
+        except AttemptLost:
+            log.info("the job is no longer ours; stopping the trainer")
+            self._trainer.stop()
+        except LeaseUnsafeError:
+            log.warning("the lease cannot be renewed; stopping the trainer")
+            self._trainer.stop()
+        except StoppingError:
+            self._trainer.stop()
+            self._end(lambda session: attempts.hand_back(session, self._attempt))
+        except TrainerDiedError as death:
+            self._trainer.stop()
+            self._died(str(death))
+        except DBAPIError:  # not a lost connection but a statement the database refuses: a bug of ours
+            log.exception("a record was refused")
+            self._trainer.stop()
+            self._died("The worker could not record what the trainer reported.")
+        finally:
+            records.drop_attempt_folder(self._context, self._attempt)
+
+    def _train(self, spec: TrainSpec) -> None:
+        self._trainer.start()
+        started = time.monotonic()
+        while not self._trainer.wait_ready(timeout_s=self._tick()):
+            self._keep_alive()
+            if time.monotonic() - started > self._settings.trainer_start_s:
+                raise TrainerDiedError(f"The trainer did not start in {self._settings.trainer_start_s:g} s.")
+        self._trainer.send(spec)
+        self._heard_at = time.monotonic()
+        while True:
+            word = self._trainer.next_word(timeout_s=self._tick())
+            self._keep_alive()
+            if word is None:
+                if time.monotonic() - self._heard_at > self._settings.trainer_idle_s:
+                    raise TrainerDiedError(
+                        f"The trainer made no progress for {self._settings.trainer_idle_s:g} s and was ended."
+                    )
+                continue
+            self._heard_at = time.monotonic()
+            if self._record(word):
+                return
+
+    def _record(self, word: TrainWord) -> bool:
+        """Write down one word; True when it was the last."""
+        context, attempt = self._context, self._attempt
+        match word:
+            case StepDone():
+                self._write(lambda session: records.record_step(session, attempt, word))
+            case CheckpointReady():
+                self._record_checkpoint(word)
+            case Log():
+                self._write(lambda session: records.record_log(session, attempt, word))
+            case Finished():
+                self._write(lambda session: records.record_success(context, session, attempt, word))
+                log.info("succeeded after %d steps", word.steps)
+                return True
+            case Failed(retryable=True):
+                self._died(word.message)
+                return True
+            case Failed():
+                error = {"code": word.code, "message": word.message, "param": word.param}
+                self._end(lambda session: attempts.fail(session, attempt, error=error))
+                return True
+            case _:
+                pass
+        return False
+
+    def _record_checkpoint(self, word: CheckpointReady) -> None:
+        key = records.publish_checkpoint(self._context, self._attempt, word)
+        made = (word, key)
+        try:
+            self._write(
+                lambda session: records.record_checkpoint(self._context, session, self._attempt, made)
+            )
+        except AttemptLost:
+            self._context.storage.delete(key)  # no row will ever name it
+            raise
+
+    def _keep_alive(self) -> None:
+        """Renew the lease in time, and notice soon when the job has been cancelled."""
+        if self._stopping.is_set():
+            raise StoppingError
+        now = time.monotonic()
+        if now - self._renewed_at >= self._settings.heartbeat_s:
+            lease_s = self._settings.lease_s
+            self._write(lambda session: attempts.renew_lease(session, self._attempt, lease_s=lease_s))
+            self._renewed_at = now
+        elif now - self._checked_at >= self._settings.cancel_poll_s:
+            self._write(lambda session: attempts.check_alive(session, self._attempt))
+        self._checked_at = now if now - self._checked_at >= self._settings.cancel_poll_s else self._checked_at
+
+    def _write(self, action: Callable[[Session], T]) -> T:
+        """One short transaction, repeated while the database is away and the lease is safe."""
+        while True:
+            try:
+                with transaction(self._context.sessions) as session:
+                    return action(session)
+            except OperationalError as error:
+                # Half of the heartbeat before the end, the trainer must be on its way down.
+                margin_s = self._settings.trainer_grace_s + self._settings.heartbeat_s / 2
+                if time.monotonic() - self._renewed_at > self._settings.lease_s - margin_s:
+                    raise LeaseUnsafeError from error
+                log.warning("database away: %s", type(error.orig).__name__)
+                time.sleep(min(0.5, self._settings.heartbeat_s / 2))
+
+    def _died(self, reason: str) -> None:
+        log.warning("attempt died: %s", reason)
+        most = self._settings.max_attempts
+        self._end(lambda session: attempts.requeue(session, self._attempt, reason=reason, max_attempts=most))
+
+    def _end(self, action: Callable[[Session], object]) -> None:
+        try:
+            self._write(action)
+        except (AttemptLost, LeaseUnsafeError):
+            log.info("the job ended without us")
+
+    def _tick(self) -> float:
+        return min(self._settings.cancel_poll_s, self._settings.heartbeat_s / 2)
