@@ -52,7 +52,6 @@ class ChatTemplate:
         self._backend = _plain_backend(tokenizer)
         self._template = template
         self._guard = _Guard(tokenizer)
-        self._generation_prompt = self._find_generation_prompt()
         self.supports_tools = self._find_supports_tools()
 
     def encode_prompt(self, messages: list[Message], tools: Tools | None = None) -> list[int]:
@@ -105,9 +104,10 @@ class ChatTemplate:
             if through.startswith(prompt):
                 return len(prompt)
         else:  # templates refuse an empty conversation: look for the header they write elsewhere
-            at = through.find(self._generation_prompt)
+            header = self._find_generation_prompt()
+            at = through.find(header)
             if at >= 0:
-                return at + len(self._generation_prompt)
+                return at + len(header)
         raise self._inconsistent(len(before))
 
     def _inconsistent(self, index: int) -> ChatTemplateError:
@@ -142,7 +142,7 @@ class ChatTemplate:
                 add_generation_prompt=generation_prompt,
                 tokenize=False,
             )
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, LookupError, RecursionError, TypeError, ValueError) as error:
             raise ChatTemplateError(
                 f"The model's chat template refuses this conversation: {error}"
             ) from error
@@ -156,7 +156,7 @@ class ChatTemplate:
     def _find_supports_tools(self) -> bool:
         try:
             return self._render(_PROBE, _PROBE_TOOL) != self._render(_PROBE, None)
-        except (ChatTemplateError, TypeError, ValueError):
+        except ChatTemplateError:
             return False
 
 
@@ -176,11 +176,14 @@ class _Guard:
         self, messages: list[Message], tools: Tools | None
     ) -> tuple[str, list[Message], Tools | None]:
         """The mark chosen, and messages and tools in which it stands inside every control token."""
-        used = set("".join(_strings([messages, tools])))
+        used = set().union(*_strings([messages, tools]))
         mark = next((chr(code) for code in _PRIVATE_USE if chr(code) not in used), None)
         if mark is None:
             raise ChatTemplateError("The conversation holds every character of Unicode's private plane 15.")
-        return mark, self._protect(messages, mark), self._protect(tools, mark)
+        try:
+            return mark, self._protect(messages, mark), self._protect(tools, mark)
+        except RecursionError as error:
+            raise ChatTemplateError("Tools or arguments of a tool call are nested too deeply.") from error
 
     def last_control(self, text: str) -> str | None:
         """The last control token written in `text`."""

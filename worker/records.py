@@ -62,7 +62,7 @@ def record_checkpoint(
 ) -> None:
     """The row and the model's name of a published checkpoint. One step has one checkpoint."""
     word, key = made
-    job = attempts.write(session, attempt, {})
+    job = attempts.hold(session, attempt)
     step = word.metrics.step
     known = session.scalar(
         select(Checkpoint).where(Checkpoint.job_id == job.id, Checkpoint.step_number == step)
@@ -90,13 +90,13 @@ def record_checkpoint(
 
 def record_log(session: Session, attempt: Attempt, word: Log) -> None:
     """Something the trainer wants the user to know."""
-    job = attempts.write(session, attempt, {})
+    job = attempts.hold(session, attempt)
     events.add_message(session, job, word.message, level=EventLevel(word.level))
 
 
 def record_success(context: Context, session: Session, attempt: Attempt, word: Finished) -> None:
     """The results file, the model's name, and the end of the job, in one transaction."""
-    job = attempts.write(session, attempt, {})
+    job = attempts.hold(session, attempt)
     last = session.scalars(
         select(Checkpoint).where(Checkpoint.job_id == job.id).order_by(Checkpoint.step_number.desc())
     ).first()

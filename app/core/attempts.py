@@ -76,6 +76,14 @@ def check_alive(session: Session, attempt: Attempt) -> None:
         raise AttemptLost(attempt.job_id)
 
 
+def hold(session: Session, attempt: Attempt) -> Job:
+    """The row of a running job, locked until the commit, for writes beside it."""
+    job = session.scalar(select(Job).where(*_mine(attempt)).with_for_update())
+    if job is None:
+        raise AttemptLost(attempt.job_id)
+    return job
+
+
 def write(session: Session, attempt: Attempt, values: dict[str, Any]) -> Job:
     """Change the row of a running job, and lock it until the commit."""
     job: Job | None = session.scalar(update(Job).where(*_mine(attempt)).values(**values).returning(Job))

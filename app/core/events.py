@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import select, text
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
@@ -46,9 +46,7 @@ def add_metrics(session: Session, job: Job, *, message: str, step: int, data: di
             step=step,
             data=data,
         )
-        .on_conflict_do_nothing(
-            index_elements=["job_id", "step"], index_where=JobEvent.type == EventType.METRICS
-        )
+        .on_conflict_do_nothing(index_elements=["job_id", "step"], index_where=text("type = 'metrics'"))
     )
 
 

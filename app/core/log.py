@@ -28,7 +28,7 @@ def configure(process: str, *, level: str = "INFO") -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
-    for noisy in ("httpx", "alembic.runtime.plugins", "celery.app.trace", "kombu"):
+    for noisy in ("httpx", "alembic.runtime.plugins", "celery.app.trace", "celery.worker.strategy", "kombu"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 

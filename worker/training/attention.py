@@ -20,7 +20,7 @@ def segmented_attention(
     query_1HTD: torch.Tensor,
     key_1KTD: torch.Tensor,
     value_1KTD: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,  # noqa: ARG001 the interface hands it over, here always None
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention of every segment with itself; `segment_lengths` in `options` adds up to T.
@@ -31,7 +31,8 @@ def segmented_attention(
     lengths: tuple[int, ...] = options.pop("segment_lengths")
     window: int | None = options.pop("sliding_window", None)
     # One split, not slices: the backward pass of slices fills a whole tensor of zeros for every segment.
-    parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query_1HTD, key_1KTD, value_1KTD)), strict=True)
+    heads = (query_1HTD, key_1KTD, value_1KTD)
+    parts = zip(*(torch.split_with_sizes(tensor, lengths, dim=2) for tensor in heads), strict=True)
     outputs = [
         sdpa_attention_forward(module, query, key, value, _band(query, window), **options)[0]
         for query, key, value in parts

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from app.core.dataset import DatasetError, read_examples
+from app.core.dataset import DatasetError, read_examples, read_lines
 from worker.chat_template import ChatTemplate, ChatTemplateError, TokenizedExample
 from worker.training.errors import TrainingError
 from worker.training.words import Log
@@ -25,6 +25,7 @@ class Split:
     examples: list[TokenizedExample]
     cut: int = 0  # examples shortened to the limit
     dropped: int = 0  # examples without a single trained token left
+    deaf_tools: int = 0  # examples whose tools the chat template does not show to the model
 
     @property
     def tokens(self) -> int:
@@ -44,17 +45,23 @@ class Split:
                 message=f"{self.dropped} example(s) of the {name} file were left out: no assistant message "
                 f"with weight 1 lies within their first {max_length} tokens.",
             )
+        if self.deaf_tools:
+            yield Log(
+                level="warn",
+                message=f"{self.deaf_tools} example(s) of the {name} file have tools, which this base model's "
+                "chat template does not show to the model.",
+            )
 
 
 @dataclass(frozen=True, slots=True)
 class FlatBatch:
     """Examples laid end to end. T tokens, N labels; example i owns `lengths[i]` tokens in a row."""
 
-    ids_T: torch.Tensor  # int64
-    positions_T: torch.Tensor  # int64, starting at 0 in each example
+    ids: torch.Tensor  # (T,) int64
+    positions: torch.Tensor  # (T,) int64, starting at 0 in each example
     lengths: tuple[int, ...]
-    rows_N: torch.Tensor  # int64, the tokens whose next token is trained
-    labels_N: torch.Tensor  # int64, that next token
+    rows: torch.Tensor  # (N,) int64, the tokens whose next token is trained
+    labels: torch.Tensor  # (N,) int64, that next token
 
 
 def read_split(path: str | Path, param: str, template: ChatTemplate, max_length: int) -> Split:
@@ -62,10 +69,13 @@ def read_split(path: str | Path, param: str, template: ChatTemplate, max_length:
 
     `param` is the job's field the file came from. Raises TrainingError when nothing is left to train on.
     """
-    examples, cut, dropped, number = [], 0, 0, 0
+    examples: list[TokenizedExample] = []
+    cut = dropped = deaf_tools = number = 0
     try:
-        with Path(path).open("rb") as lines:
-            for number, example in enumerate(read_examples(lines), start=1):
+        with Path(path).open("rb") as file:
+            for example in read_examples(read_lines(file)):
+                number += 1
+                deaf_tools += bool(example.tools) and not template.supports_tools
                 tokens = template.encode_example(example.messages, example.tools)
                 cut += len(tokens.ids) > max_length
                 tokens = TokenizedExample(tokens.ids[:max_length], tokens.is_label[:max_length])
@@ -76,11 +86,11 @@ def read_split(path: str | Path, param: str, template: ChatTemplate, max_length:
     except DatasetError as error:
         raise TrainingError(f"invalid_{param}", error.message, param=param) from error
     except ChatTemplateError as error:
-        message = f"Example {number + 1}: {error}"
+        message = f"Example {number}: {error}"
         raise TrainingError(f"invalid_{param}", message, param=param) from error
     if not examples:
         raise TrainingError("no_trainable_tokens", _nothing_left(param, max_length), param=param)
-    return Split(examples, cut, dropped)
+    return Split(examples, cut, dropped, deaf_tools)
 
 
 def epoch_batches(
@@ -88,7 +98,7 @@ def epoch_batches(
 ) -> Iterator[list[TokenizedExample]]:
     """The batches of one epoch, in an order fixed by `seed` and `epoch`. The last one may be smaller."""
     order = list(range(len(examples)))
-    random.Random(f"{seed}/{epoch}").shuffle(order)  # noqa: S311: an order, not a secret
+    random.Random(f"{seed}/{epoch}").shuffle(order)  # noqa: S311 an order, not a secret
     for start in range(0, len(order), batch_size):
         yield [examples[index] for index in order[start : start + batch_size]]
 
@@ -97,12 +107,10 @@ def sample_examples(examples: Sequence[TokenizedExample], count: int, seed: int)
     """Indices of a fixed subset: at most `count`, the same at every call with one seed."""
     if len(examples) <= count:
         return list(range(len(examples)))
-    return sorted(random.Random(seed).sample(range(len(examples)), count))  # noqa: S311
+    return sorted(random.Random(seed).sample(range(len(examples)), count))  # noqa: S311 a sample, not a secret
 
 
-def micro_batches(
-    batch: Sequence[TokenizedExample], max_tokens: int
-) -> Iterator[list[TokenizedExample]]:
+def micro_batches(batch: Sequence[TokenizedExample], max_tokens: int) -> Iterator[list[TokenizedExample]]:
     """Parts of a batch of at most `max_tokens` tokens each; a longer example is a part of its own."""
     part: list[TokenizedExample] = []
     tokens = 0
@@ -134,9 +142,10 @@ def flatten(batch: Sequence[TokenizedExample], device: torch.device) -> FlatBatc
         labels += [example.ids[at] for at in wanted]
         positions += range(len(example.ids))
         ids += example.ids
-    tensors = (torch.tensor(values, dtype=torch.int64, device=device) for values in (ids, positions, rows, labels))
-    ids_T, positions_T, rows_N, labels_N = tensors
-    return FlatBatch(ids_T, positions_T, tuple(len(e.ids) for e in batch), rows_N, labels_N)
+    tensors = [
+        torch.tensor(values, dtype=torch.int64, device=device) for values in (ids, positions, rows, labels)
+    ]
+    return FlatBatch(tensors[0], tensors[1], tuple(len(e.ids) for e in batch), tensors[2], tensors[3])
 
 
 def _nothing_left(param: str, max_length: int) -> str:

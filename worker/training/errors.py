@@ -39,6 +39,4 @@ def out_of_memory() -> Failed:
 
 def server_error() -> Failed:
     """What the user is told about errors that are ours; the traceback stays in the worker's log."""
-    return Failed(
-        code="server_error", message="The training worker had an unexpected error.", retryable=True
-    )
+    return Failed(code="server_error", message="The training worker had an unexpected error.", retryable=True)

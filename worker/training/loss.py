@@ -21,7 +21,7 @@ class Sums(NamedTuple):
 
     loss: torch.Tensor  # float32 scalar, nats, carries the gradient
     correct: torch.Tensor  # int64 scalar, tokens whose most likely prediction was the label
-    count: int
+    labels: int
 
 
 def loss_sums(model: PreTrainedModel, batch: FlatBatch) -> Sums:
@@ -31,13 +31,13 @@ def loss_sums(model: PreTrainedModel, batch: FlatBatch) -> Sums:
     only where there is a label, as in TRL's and Liger's losses.
     """
     logits_1NV = model(
-        input_ids=batch.ids_T[None],
-        position_ids=batch.positions_T[None],
+        input_ids=batch.ids[None],
+        position_ids=batch.positions[None],
         use_cache=False,
-        logits_to_keep=batch.rows_N,
+        logits_to_keep=batch.rows,
         segment_lengths=batch.lengths,
     ).logits
     logits_NV = logits_1NV[0].float()
-    loss = F.cross_entropy(logits_NV, batch.labels_N, reduction="sum")
-    correct = (logits_NV.detach().argmax(dim=-1) == batch.labels_N).sum()
-    return Sums(loss, correct, len(batch.labels_N))
+    loss = F.cross_entropy(logits_NV, batch.labels, reduction="sum")
+    correct = (logits_NV.detach().argmax(dim=-1) == batch.labels).sum()
+    return Sums(loss, correct, len(batch.labels))

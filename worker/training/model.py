@@ -6,24 +6,30 @@ The base model and tokenizer stay in memory from job to job. Knows no data and n
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from worker.base_model import load_base_model, load_tokenizer
+from worker.base_model import compute_dtype, load_base_model, load_tokenizer
 from worker.training.attention import SEGMENTED
+from worker.training.data import FlatBatch
 from worker.training.errors import TrainingError
+from worker.training.loss import Sums, loss_sums
 from worker.training.words import Adapter, TrainSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ADAPTER_CONFIG = "adapter_config.json"
+# Tokens per forward pass. Activations of a 135M model take about 2 MB a token in float32; from 1,000 tokens
+# on, a CPU's products are as fast as they get.
+_MAX_TOKENS = {"cpu": 1024, "cuda": 16_384}
 
 
 class WarmBase:
@@ -31,9 +37,16 @@ class WarmBase:
 
     def __init__(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
         self.device = device
-        self.dtype = dtype  # None: what suits the device
+        self.dtype = dtype or compute_dtype(device)
+        self._tokenizer: tuple[str, PreTrainedTokenizerBase] | None = None
         self._key: tuple[str, bool] | None = None
         self._model: PreTrainedModel | None = None
+
+    def tokenizer(self, dir: str) -> PreTrainedTokenizerBase:
+        """The tokenizer of `dir`, not to be changed."""
+        if self._tokenizer is None or self._tokenizer[0] != dir:
+            self._tokenizer = (dir, load_tokenizer(dir))
+        return self._tokenizer[1]
 
     def take(self, dir: str, *, quantize_4bit: bool) -> PreTrainedModel:
         """The frozen base model of `dir`. Whoever takes it leaves it as it was, or calls `drop`."""
@@ -55,35 +68,49 @@ class WarmBase:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _load(self, dir: str, *, quantize_4bit: bool, dtype: torch.dtype | None) -> PreTrainedModel:
+    def _load(self, dir: str, *, quantize_4bit: bool, dtype: torch.dtype) -> PreTrainedModel:
         model = load_base_model(dir, quantize_4bit=quantize_4bit, device=self.device, dtype=dtype)
         model.set_attn_implementation(SEGMENTED)
         return model
 
 
 class TunedModel:
-    """A model in training. `model` runs forward; `save` writes what was learned."""
+    """A model in training. `sums` runs it forward; `save` writes what was learned."""
 
-    def __init__(self, model: PreTrainedModel, peft: PeftModel | None, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self, model: PreTrainedModel, peft: PeftModel | None, spec: TrainSpec, warm: WarmBase
+    ) -> None:
         self.model = model
+        self.device = warm.device
+        self.max_tokens = _MAX_TOKENS[self.device.type]
+        self.parameters = [weight for weight in model.parameters() if weight.requires_grad]
         self._peft = peft
-        self._tokenizer = tokenizer
+        self._spec = spec
+        self._dtype = warm.dtype
 
-    @property
-    def parameters(self) -> list[torch.nn.Parameter]:
-        """What the optimizer changes."""
-        return [weight for weight in self.model.parameters() if weight.requires_grad]
+    def sums(self, batch: FlatBatch) -> Sums:
+        """`loss_sums` in the number type of the device, also where the weights themselves are float32."""
+        mixed = self._dtype is not torch.float32
+        with torch.autocast(self.device.type, dtype=self._dtype, enabled=mixed):
+            return loss_sums(self.model, batch)
 
     def save(self, dir: Path) -> None:
-        """Write a PEFT folder, or a whole model with its tokenizer, into the folder `dir`; safetensors only."""
+        """Write a PEFT folder, or a whole model with its tokenizer, into `dir`; safetensors only."""
         if self._peft is None:
             self.model.save_pretrained(dir)
-            self._tokenizer.save_pretrained(dir)
+            tokenizer = load_tokenizer(self._spec.base_model_dir)
+            tokenizer.chat_template = self._spec.chat_template or tokenizer.chat_template
+            tokenizer.save_pretrained(dir)
             return
         # Not PeftModel.save_pretrained: it adds a model card and asks the hub about the vocabulary.
         tensors = get_peft_model_state_dict(self._peft, save_embedding_layers=False)
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, dir / "adapter_model.safetensors")
-        config = self._peft.peft_config["default"].to_dict() | {"inference_mode": True}
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()}, dir / "adapter_model.safetensors"
+        )
+        config = self._peft.peft_config["default"].to_dict() | {
+            "inference_mode": True,
+            "base_model_name_or_path": Path(self._spec.base_model_dir).name,  # no path of this machine
+        }
         text = json.dumps(config, indent=2, sort_keys=True, default=_plain)
         (dir / ADAPTER_CONFIG).write_text(text + "\n")
 
@@ -91,17 +118,15 @@ class TunedModel:
 @contextmanager
 def tuned_model(spec: TrainSpec, warm: WarmBase) -> Iterator[TunedModel]:
     """The model `spec` asks for; afterwards the warm base is as it was before."""
-    tokenizer = load_tokenizer(spec.base_model_dir)
-    if spec.chat_template is not None:
-        tokenizer.chat_template = spec.chat_template
+    torch.manual_seed(spec.seed)  # LoRA's first factors and dropout
     if spec.adapter is Adapter.FULL:
-        yield TunedModel(_full(spec, warm), None, tokenizer)
+        yield TunedModel(_full(spec, warm), None, spec, warm)
         return
     base = warm.take(spec.base_model_dir, quantize_4bit=spec.adapter is Adapter.QLORA)
     peft = None
     try:
         peft = _with_lora(base, spec)
-        yield TunedModel(base, peft, tokenizer)
+        yield TunedModel(base, peft, spec, warm)
     except BaseException:
         warm.drop()  # in what state it is now, nobody knows
         raise
@@ -119,22 +144,23 @@ def _full(spec: TrainSpec, warm: WarmBase) -> PreTrainedModel:
 
 
 def _with_lora(base: PreTrainedModel, spec: TrainSpec) -> PeftModel:
-    if spec.start_from_dir is None:
-        return get_peft_model(base, _lora_config(spec))
-    if not (Path(spec.start_from_dir) / ADAPTER_CONFIG).exists():
-        raise _wrong_start("a whole model", spec.adapter)
-    return PeftModel.from_pretrained(base, spec.start_from_dir, is_trainable=True)
+    with warnings.catch_warnings():
+        # peft 0.21 asks transformers 5.23 for an attribute under its old name
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        if spec.start_from_dir is None:
+            return get_peft_model(base, _lora_config(spec))
+        if not (Path(spec.start_from_dir) / ADAPTER_CONFIG).exists():
+            raise _wrong_start("a whole model", spec.adapter)
+        return PeftModel.from_pretrained(base, spec.start_from_dir, is_trainable=True)
 
 
 def _lora_config(spec: TrainSpec) -> LoraConfig:
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=spec.rank,
-        lora_alpha=spec.alpha,
+        lora_alpha=cast(int, spec.alpha),  # a float is as good: it is only divided by the rank
         lora_dropout=spec.dropout,
         target_modules=list(spec.target_modules) or "all-linear",
-        # A name, not a path of this machine: the folder travels.
-        base_model_name_or_path=Path(spec.base_model_dir).name,
     )
 
 
