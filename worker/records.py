@@ -46,7 +46,8 @@ def record_step(session: Session, attempt: Attempt, word: StepDone) -> None:
     metrics = word.metrics
     left_s = word.elapsed_s / metrics.step * (word.total_steps - metrics.step)
     job = attempts.write(session, attempt, {"estimated_finish": utc_now() + timedelta(seconds=left_s)})
-    data = metrics.model_dump(exclude_none=True) | {"total_steps": word.total_steps}
+    pace = {"epoch": word.epoch, "tokens": word.tokens, "tokens_per_second": word.tokens_per_second}
+    data = metrics.model_dump(exclude_none=True) | {"total_steps": word.total_steps, "luthier": pace}
     events.add_metrics(session, job, message=_step_message(word), step=metrics.step, data=data)
 
 

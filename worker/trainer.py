@@ -56,7 +56,7 @@ class Trainer:
             self._ready = threading.Event()
             environment = {k: v for k, v in os.environ.items() if not k.startswith(_OWN_PREFIX)}
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "worker.training"],
+                [sys.executable, "-P", "-m", "worker.training"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env=environment,

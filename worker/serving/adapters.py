@@ -115,7 +115,7 @@ class AdapterSet:
         self._prepare_layers()
 
     def _prepare_layers(self) -> None:
-        """No adapter is active by default: rows are routed by name, and peft warns about deleting an active one."""
+        """Route every LoRA layer by row. None is active: peft warns when an active one is deleted."""
         for module in self._model.modules():
             if not isinstance(module, LoraLayer):
                 continue
@@ -125,7 +125,9 @@ class AdapterSet:
                 self._hooked.add(module)
 
     def _fill(self, name: str, weights: dict[str, Tensor]) -> None:
-        result = set_peft_model_state_dict(self._model, weights, adapter_name=name, low_cpu_mem_usage=True)
+        result: Any = set_peft_model_state_dict(
+            self._model, weights, adapter_name=name, low_cpu_mem_usage=True
+        )
         missing = [key for key in result.missing_keys if name in key]
         if missing or result.unexpected_keys:
             raise ValueError(f"{len(missing)} tensors missing, {len(result.unexpected_keys)} unknown")
@@ -162,6 +164,11 @@ def read_adapter(folder: Path, device: device) -> tuple[LoraConfig, dict[str, Te
 
 
 def _is_special(config: LoraConfig) -> bool:
-    extras = ("use_dora", "alora_invocation_tokens", "modules_to_save", "target_parameters", "layer_replication")
+    extras = (
+        "use_dora",
+        "alora_invocation_tokens",
+        "modules_to_save",
+        "target_parameters",
+        "layer_replication",
+    )
     return config.bias != "none" or any(getattr(config, name, None) for name in extras)
-

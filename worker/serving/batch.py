@@ -30,7 +30,7 @@ class ModelGroup:
 
     def __init__(self, model: PreTrainedModel, *, max_batch: int, max_tokens: int, max_adapters: int) -> None:
         refuse_special_attention(model)
-        self._model = model
+        self.model = model
         self._device = model.device
         self.context_length: int = model.config.max_position_embeddings
         self.adapters = AdapterSet(model, max_adapters=max_adapters, device=model.device)
@@ -70,7 +70,7 @@ class ModelGroup:
     def prefill(self, sequence: Sequence) -> None:
         """Compute an admitted sequence up to its first new token, in a row of its own; O(T) tokens."""
         source = self._row_with_prompt(sequence)
-        logits_1V = sequence.completion.prompt_logits_1V
+        logits_1V = sequence.completion.prompt_logits
         if source is not None and logits_1V is not None:
             self._take_row(sequence, self.cache.fork_row(source, len(sequence.ids)))
         else:
@@ -78,16 +78,17 @@ class ModelGroup:
             self._take_row(sequence, row)
             logits_1V = self._forward(row, [sequence.ids], [sequence])
             if len(sequence.completion.sequences) > 1 and not sequence.made_tokens:
-                sequence.completion.prompt_logits_1V = logits_1V
+                sequence.completion.prompt_logits = logits_1V
         self._accept([sequence], logits_1V)
 
-    def decode(self) -> None:
-        """One new token for every row. Rows that do not fit any more go back to the line first."""
+    def decode(self) -> list[Sequence]:
+        """One new token for every row; returns those. Rows without room go back to the line first."""
         while not self.cache.reserve(len(self.rows), min(self.cache.longest + 1, self.context_length)):
             self._preempt()
         rows = list(self.rows)
         logits_BV = self._forward(0, [sequence.ids[-1:] for sequence in rows], rows)
         self._accept(rows, logits_BV)
+        return rows
 
     def leave(self, sequence: Sequence) -> None:
         """Free the sequence's row; the last row takes its place."""
@@ -107,7 +108,7 @@ class ModelGroup:
         self.queue.remove(completion)
         for sequence in completion.sequences:
             self.leave(sequence)
-        completion.prompt_logits_1V = None
+        completion.prompt_logits = None
 
     def _forward(self, first: int, ids: list[list[int]], rows: list[Sequence]) -> Tensor:
         """Logits BV of the last position, after writing `ids` (all of one length T) behind each row."""
@@ -120,7 +121,7 @@ class ModelGroup:
             keys_L = torch.arange(step.longest + 1, device=self._device)
             mask_B11L = (keys_L <= step.starts_B[:, None])[:, None, None, :]
         self.adapters.route([sequence.adapter or BASE for sequence in rows])
-        output = self._model(
+        output = self.model(
             input_ids=ids_BT,
             position_ids=positions_BT,
             attention_mask=mask_B11L,

@@ -33,11 +33,12 @@ class Step:
         self.starts_B = torch.tensor(starts, device=device)
 
 
-class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
+class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """Keys and values of one layer, RHLD each: rows, heads, length, head size."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.keys_RHLD = self.values_RHLD = torch.empty(0)
         self.rows = 0
         self.length = 0
         self.step: Step | None = None
@@ -48,12 +49,12 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         Zeros, not garbage: a masked position weighs exactly 0, but 0 x NaN would still be NaN.
         """
         shape = (self.rows, key_states.shape[1], self.length)
-        self.keys = key_states.new_zeros((*shape, key_states.shape[3]))
-        self.values = value_states.new_zeros((*shape, value_states.shape[3]))
+        self.keys_RHLD = key_states.new_zeros((*shape, key_states.shape[3]))
+        self.values_RHLD = value_states.new_zeros((*shape, value_states.shape[3]))
         self.is_initialized = True
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+        self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Write the new keys and values (BHTD) at each row's own end; return views up to the longest row."""
         step = self.step
@@ -63,19 +64,19 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         new = key_states.shape[2]
         rows, end = slice(step.first, step.first + step.count), step.longest + new
         if step.uniform:
-            self.keys[rows, :, step.longest : end] = key_states
-            self.values[rows, :, step.longest : end] = value_states
+            self.keys_RHLD[rows, :, step.longest : end] = key_states
+            self.values_RHLD[rows, :, step.longest : end] = value_states
         else:  # one token per row, each at its own place
-            self.keys[step.rows_B, :, step.starts_B] = key_states[:, :, 0]
-            self.values[step.rows_B, :, step.starts_B] = value_states[:, :, 0]
-        return self.keys[rows, :, :end], self.values[rows, :, :end]
+            self.keys_RHLD[step.rows_B, :, step.starts_B] = key_states[:, :, 0]
+            self.values_RHLD[step.rows_B, :, step.starts_B] = value_states[:, :, 0]
+        return self.keys_RHLD[rows, :, :end], self.values_RHLD[rows, :, :end]
 
     def resize(self, rows: int, length: int, *, used_rows: int, used_length: int) -> None:
         """Move to buffers of another size, keeping what is in use."""
         self.rows, self.length = rows, length
         if not self.is_initialized:
             return
-        for name in ("keys", "values"):
+        for name in ("keys_RHLD", "values_RHLD"):
             old: Tensor = getattr(self, name)
             new = old.new_zeros((rows, old.shape[1], length, old.shape[3]))
             new[:used_rows, :, :used_length] = old[:used_rows, :, :used_length]
@@ -85,7 +86,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         """Make `target` hold the first `length` tokens of `source` and zeros up to its `old_length`."""
         if not self.is_initialized:
             return
-        for buffer in (self.keys, self.values):
+        for buffer in (self.keys_RHLD, self.values_RHLD):
             if source != target:
                 buffer[target, :, :length] = buffer[source, :, :length]
             buffer[target, :, length:old_length] = 0
@@ -103,11 +104,12 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         return -1
 
 
-class SlotCache(Cache):  # type: ignore[misc]
+class SlotCache(Cache):
     """All layers' rows, their lengths and the budget: rows x longest row never exceeds `max_tokens`."""
 
     def __init__(self, layer_count: int, *, max_rows: int, max_tokens: int, device: torch.device) -> None:
-        super().__init__(layers=[SlotLayer() for _ in range(layer_count)])
+        self.slots = [SlotLayer() for _ in range(layer_count)]
+        super().__init__(layers=list(self.slots))
         self.max_rows = max_rows
         self.max_tokens = max_tokens
         self.device = device
@@ -129,7 +131,7 @@ class SlotCache(Cache):  # type: ignore[misc]
             new_length = _round_up(max(length, int(GROWTH * self.length_capacity)))
         if new_rows * new_length > self.max_tokens:
             new_rows, new_length = rows, min(_round_up(length), self.max_tokens // rows)
-        for layer in self.layers:
+        for layer in self.slots:
             layer.resize(new_rows, new_length, used_rows=len(self.lengths), used_length=self.longest)
         self.row_capacity, self.length_capacity = new_rows, new_length
         return True
@@ -139,13 +141,18 @@ class SlotCache(Cache):  # type: ignore[misc]
         """Tokens of the longest row in use."""
         return max(self.lengths, default=0)
 
+    @property
+    def capacity(self) -> int:
+        """Tokens there is memory for."""
+        return self.row_capacity * self.length_capacity
+
     def begin(self, first: int, count: int, *, new_tokens: int) -> Step:
         """Prepare for a forward pass that adds `new_tokens` to each of rows `first`..`first+count-1`.
 
         They count as held from now on, so that whatever a failing pass leaves behind is zeroed too.
         """
         step = Step(first, self.lengths[first : first + count], self.device)
-        for layer in self.layers:
+        for layer in self.slots:
             layer.step = step
         for row in range(first, first + count):
             self.lengths[row] += new_tokens
@@ -159,7 +166,7 @@ class SlotCache(Cache):  # type: ignore[misc]
     def fork_row(self, source: int, length: int) -> int:
         """Take the next free row and fill it with the first `length` tokens of `source`."""
         target = self.add_row()
-        for layer in self.layers:
+        for layer in self.slots:
             layer.copy_row(source, target, length=length, old_length=length)
         self.lengths[target] = length
         return target
@@ -170,7 +177,7 @@ class SlotCache(Cache):  # type: ignore[misc]
         Zeroing keeps what a broken adapter may have left (NaN) out of the next user of that row.
         """
         last = len(self.lengths) - 1
-        for layer in self.layers:
+        for layer in self.slots:
             if row != last:
                 layer.copy_row(last, row, length=self.lengths[last], old_length=self.lengths[row])
             layer.copy_row(last, last, length=0, old_length=self.lengths[last])
@@ -179,8 +186,8 @@ class SlotCache(Cache):  # type: ignore[misc]
 
     def clear(self) -> None:
         """Forget every row and give all memory back."""
-        for layer in self.layers:
-            layer.keys = layer.values = None
+        for layer in self.slots:
+            layer.keys_RHLD = layer.values_RHLD = torch.empty(0)
             layer.is_initialized = False
             layer.rows = layer.length = 0
         self.lengths.clear()

@@ -7,11 +7,12 @@ template and the model's context length.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from app.core.completions import CompletionRequest, Failed
 from worker.chat_template import ChatTemplate, ChatTemplateError
 from worker.serving.sequence import Completion, open_sequences
+from worker.serving.text import Decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,7 +44,7 @@ class Intake:
         prompt_ids = self._encode(request)
         limit = self._limit(request, len(prompt_ids))
         completion = Completion(request, prompt_ids, self.end_ids, limit)
-        open_sequences(completion, self.tokenizer)
+        open_sequences(completion, cast(Decoder, self.tokenizer))
         return completion
 
     def _encode(self, request: CompletionRequest) -> list[int]:
@@ -94,7 +95,9 @@ def find_end_ids(
     """
     sources = (model.generation_config, model.config, tokenizer)
     found = [getattr(source, "eos_token_id", None) for source in sources]
-    ids = {id for value in found if value is not None for id in (value if isinstance(value, list) else [value])}
+    ids = {
+        id for value in found if value is not None for id in (value if isinstance(value, list) else [value])
+    }
     ids |= _end_of_turn_ids(tokenizer, template)
     return frozenset(ids)
 

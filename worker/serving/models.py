@@ -1,20 +1,88 @@
 """The models of one engine: the base, and whole tuned models (`full`) that are loaded when asked for.
 
-Whole models are read by a side thread, so that running answers do not wait for the disk; a few stay, the
-one unused for longest leaves first. Knows folders and memory, nothing of requests' words.
+Whole models are read by a side thread, so that running answers do not wait for the disk; a few stay, and
+the one unused for longest leaves first. Knows folders and memory, nothing of requests' words.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from worker.base_model import load_base_model
+from app.core.completions import TunedWeights, WeightsKind
 from worker.serving.adapters import ModelUnavailable
 from worker.serving.batch import ModelGroup
 
-GroupLoader = Callable[[str], ModelGroup]
+LoadGroup = Callable[[Path], ModelGroup]
 _log = logging.getLogger(__name__)
+
+
+class ModelSet:
+    """The base and up to `max_full_models` whole models. Only the engine's thread calls it."""
+
+    def __init__(
+        self, base: ModelGroup, *, load: LoadGroup, max_full_models: int, on_loaded: Callable[[], None]
+    ) -> None:
+        self.base = base
+        self._load = load
+        self._max_full_models = max_full_models
+        self._on_loaded = on_loaded
+        self._full: OrderedDict[str, ModelGroup] = OrderedDict()  # least recently asked for first
+        self._loading: dict[str, Future[ModelGroup]] = {}
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="full-models")
+
+    @property
+    def groups(self) -> list[ModelGroup]:
+        """All models in memory, the base first."""
+        return [self.base, *self._full.values()]
+
+    def get(self, tuned: TunedWeights | None) -> ModelGroup | None:
+        """The model that answers for `tuned`; None while it is on its way or has no place: ask again.
+
+        Raises ModelUnavailable when it cannot be loaded.
+        """
+        if tuned is None or tuned.kind is WeightsKind.LORA:
+            return self.base
+        if tuned.id not in self._full and not self._take_loaded(tuned):
+            return None
+        self._full.move_to_end(tuned.id)
+        return self._full[tuned.id]
+
+    def close(self) -> None:
+        """Wait for the side thread to end."""
+        self._reader.shutdown(cancel_futures=True)
+
+    def _take_loaded(self, tuned: TunedWeights) -> bool:
+        future = self._loading.get(tuned.id)
+        if future is None:
+            if self._make_place():
+                self._loading[tuned.id] = self._reader.submit(self._read, Path(tuned.path))
+                self._loading[tuned.id].add_done_callback(lambda _: self._on_loaded())
+            return False
+        if not future.done():
+            return False
+        del self._loading[tuned.id]
+        self._full[tuned.id] = future.result()
+        return True
+
+    def _read(self, folder: Path) -> ModelGroup:
+        try:
+            if not any(folder.glob("*.safetensors")):
+                raise ModelUnavailable("its files are missing")
+            return self._load(folder)
+        except ModelUnavailable:
+            raise
+        except Exception as error:
+            _log.warning("model in %s cannot be loaded: %s", folder, error)
+            raise ModelUnavailable("its files cannot be read") from error
+
+    def _make_place(self) -> bool:
+        while len(self._full) + len(self._loading) >= self._max_full_models:
+            idle = next((id for id, group in self._full.items() if group.idle), None)
+            if idle is None:
+                return False
+            del self._full[idle]
+        return True

@@ -30,7 +30,7 @@ class Completion:
     limit: int
     sequences: list[Sequence] = field(default_factory=list)
     words: list[Word] = field(default_factory=list)  # of the current step, not yet handed out
-    prompt_logits_1V: Tensor | None = None  # of the prompt's last token, kept for the other choices
+    prompt_logits: Tensor | None = None  # 1V, of the prompt's last token, kept for the other choices
     broken: bool = False  # the model gave numbers that are not numbers
     started: bool = False  # a word has been handed out
 

@@ -78,26 +78,30 @@ def _epochs(
         device=str(tuned.device),
     )
     started = time.monotonic()
-    step = 0
+    step = tokens_seen = 0
     for epoch in range(1, spec.n_epochs + 1):
         for batch in epoch_batches(training.examples, spec.batch_size, seed=spec.seed, epoch=epoch):
             step += 1
             rate = learning_rate_at(step, total_steps, spec.learning_rate)
             loss, accuracy = train_step(tuned, optimizer, batch, rate)
             epoch_end = step == epoch * steps_per_epoch
+            tokens = sum(len(example.ids) for example in batch)
+            tokens_seen += tokens
             metrics = Metrics(
                 step=step,
                 train_loss=loss,
                 train_mean_token_accuracy=accuracy,
                 **validator.measure(tuned, step, epoch_end=epoch_end),
             )
+            elapsed_s = time.monotonic() - started
             yield StepDone(
                 metrics=metrics,
                 total_steps=total_steps,
                 epoch=epoch,
                 learning_rate=rate,
-                tokens=sum(len(example.ids) for example in batch),
-                elapsed_s=time.monotonic() - started,
+                tokens=tokens,
+                elapsed_s=elapsed_s,
+                tokens_per_second=tokens_seen / elapsed_s,
             )
             if epoch_end or (spec.checkpoint_interval and step % spec.checkpoint_interval == 0):
                 dir = write_checkpoint(Path(spec.output_dir), step, tuned.save)

@@ -89,6 +89,7 @@ class StepDone(Wire):
     learning_rate: float
     tokens: int  # tokens of this step's batch
     elapsed_s: float  # since `Started`
+    tokens_per_second: float  # mean since `Started`
 
 
 class CheckpointReady(Wire):

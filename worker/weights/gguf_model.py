@@ -7,8 +7,14 @@ a CPU worker maps the file straight into memory, shared by every process that se
 from __future__ import annotations
 
 import json
+import struct
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+_TEXT, _ARRAY = 8, 9  # kinds of values in a GGUF header; the others have a fixed size in bytes
+_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 
 
 def convert_gguf(gguf: Path, target: Path, *, context_length: int) -> None:
@@ -16,15 +22,9 @@ def convert_gguf(gguf: Path, target: Path, *, context_length: int) -> None:
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    shows_bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+    with redirect_stderr(StringIO()):  # a progress bar that no switch of transformers turns off
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    finally:
-        if shows_bars:
-            logging.enable_progress_bar()
     _write_tokenizer(gguf, target, context_length=context_length)
     # The weights are plain by now; what says otherwise would make every load quantize them again.
     config = model.config
@@ -43,9 +43,10 @@ def _write_tokenizer(gguf: Path, target: Path, *, context_length: int) -> None:
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    if _read_text(gguf, "tokenizer.ggml.pre") == "smollm":
+    if read_gguf_text(gguf, "tokenizer.ggml.pre") == "smollm":
         # transformers ignores this field and takes GPT-2's splitting, which joins a blank to the digit
-        # behind it. SmolLM splits every digit off first (llama.cpp, llama-vocab.cpp, LLAMA_VOCAB_PRE_TYPE_SMOLLM).
+        # behind it. SmolLM splits every digit off first
+        # (llama.cpp, llama-vocab.cpp, LLAMA_VOCAB_PRE_TYPE_SMOLLM).
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
@@ -53,11 +54,43 @@ def _write_tokenizer(gguf: Path, target: Path, *, context_length: int) -> None:
     tokenizer.save_pretrained(target)
 
 
-def _read_text(gguf: Path, key: str) -> str | None:
-    from gguf import GGUFReader
+def read_gguf_text(gguf: Path, key: str) -> str | None:
+    """A text value of the file's header, or None where there is none.
 
-    field = GGUFReader(gguf).get_field(key)
-    return None if field is None else str(field.contents())
+    Stops at the key: the gguf package takes seconds to build all 49,152 tokens first.
+    Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+    """
+    with gguf.open("rb") as file:
+        file.seek(16)  # magic, version, number of tensors
+        (count,) = struct.unpack("<Q", file.read(8))
+        for _ in range(count):
+            name = _read_string(file)
+            (kind,) = struct.unpack("<I", file.read(4))
+            value = _read_value(file, kind)
+            if name == key:
+                return value if isinstance(value, str) else None
+    return None
+
+
+def _read_string(file: BinaryIO) -> str:
+    (size,) = struct.unpack("<Q", file.read(8))
+    return file.read(size).decode("utf-8", "replace")
+
+
+def _read_value(file: BinaryIO, kind: int) -> str | None:
+    """A text, or None for everything else, which is skipped."""
+    if kind == _TEXT:
+        return _read_string(file)
+    if kind != _ARRAY:
+        file.seek(_SIZES[kind], 1)
+        return None
+    inner, length = struct.unpack("<IQ", file.read(12))
+    if inner == _TEXT:
+        for _ in range(length):
+            _read_string(file)
+    else:
+        file.seek(_SIZES[inner] * length, 1)
+    return None
 
 
 def _drop_local_name(config: Path) -> None:

@@ -33,9 +33,7 @@ def fetch_from_hub(entry: BaseModelEntry, folder: Path, on_progress: OnProgress)
         total = sum(file.size or 0 for file in files)
         with reporting_size(folder, on_progress, total):
             for file in files:
-                api.hf_hub_download(
-                    entry.location, file.rfilename, revision=entry.revision, local_dir=folder
-                )
+                api.hf_hub_download(entry.location, file.rfilename, revision=entry.revision, local_dir=folder)
     except (HfHubHTTPError, OSError) as error:
         raise WeightsError(_explain(entry, error)) from error
     shutil.rmtree(folder / ".cache", ignore_errors=True)
@@ -82,5 +80,6 @@ def _explain(entry: BaseModelEntry, error: Exception) -> str:
         return f"The hub has no {entry.source} at commit {entry.revision}; correct the entry."
     reason = str(error).strip().splitlines() or [type(error).__name__]
     return (
-        f"{entry.source} could not be downloaded: {reason[0]} - check the network, or name a mirror with HF_ENDPOINT."
+        f"{entry.source} could not be downloaded: {reason[0]} - "
+        "check the network, or name a mirror with HF_ENDPOINT."
     )

@@ -84,8 +84,8 @@ def _refuse_code(folder: Path, entry: BaseModelEntry) -> None:
         path = folder / name
         if path.is_file() and "auto_map" in json.loads(path.read_text(encoding="utf-8")):
             raise WeightsError(
-                f"{name} of base model '{entry.name}' wants code of its own to run (auto_map), which is never "
-                "done; choose a model that transformers knows by itself."
+                f"{name} of base model '{entry.name}' wants code of its own to run (auto_map), "
+                "which is never done; choose a model that transformers knows by itself."
             )
 
 
@@ -95,7 +95,10 @@ def _describe(folder: Path, entry: BaseModelEntry) -> None:
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             path.chmod(0o644)
-            files[str(path.relative_to(folder))] = {"size_bytes": path.stat().st_size, "sha256": _digest(path)}
+            files[str(path.relative_to(folder))] = {
+                "size_bytes": path.stat().st_size,
+                "sha256": _digest(path),
+            }
             _sync(path)
     manifest = folder / MANIFEST
     text = json.dumps({"name": entry.name, "pinned": pinned(entry), "files": files}, indent=2)
@@ -149,5 +152,5 @@ def _explain(error: OSError, models_dir: Path) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"The disk of {models_dir} is full; free some room or set LUTHIER_DATA_DIR to another disk."
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"{models_dir} cannot be written; correct its permissions or set LUTHIER_DATA_DIR to another folder."
+        return f"{models_dir} cannot be written; correct its permissions or set another LUTHIER_DATA_DIR."
     return f"The weights could not be written to {models_dir}: {error.strerror or error}."

