@@ -10,13 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from app.cli.embedded import (
-    ServerCommand,
-    prepare_postgres,
-    prepare_valkey,
-    wait_for_postgres,
-    wait_for_valkey,
-)
+from app.cli.embedded import ServerCommand
+from app.cli.postgres import prepare_postgres, wait_for_postgres
+from app.cli.valkey import prepare_valkey, wait_for_valkey
 
 PASSWORD = "only-for-tests"
 

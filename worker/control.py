@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from sqlalchemy import select, update
+from sqlalchemy.exc import SQLAlchemyError
 
 from app.core import attempts, hyperparameters
 from app.core.dataset import DatasetError, read_examples, read_lines
@@ -41,14 +42,25 @@ def validate_job(context: Context, job_id: str) -> None:
         if job.validation_file is not None:
             _count_examples(context, job, "validation_file")
     except BadFileError as bad:
-        with transaction(context.sessions) as session:
-            attempts.fail_validation(session, job_id, error=bad.error)
-        log.info("job %s: %s", job_id, bad.error["code"])
+        _fail(context, job_id, bad.error)
+        return
+    except (OSError, SQLAlchemyError):
+        raise  # disk or database are away: housekeeping sends the job's hint again
+    except Exception:  # a bug of ours would meet this file again and again, and the job would never end
+        log.exception("validating job %s", job_id)
+        text = "The job failed due to an error of the server while it read the files. Tell the operator"
+        _fail(context, job_id, {"code": "server_error", "message": text, "param": None})
         return
     resolved = hyperparameters.resolve(job.hyperparameters, n_examples=n_examples)
     with transaction(context.sessions) as session:
         if attempts.finish_validation(session, job_id, hyperparameters=resolved.as_json()) is not None:
             context.sender.hint_on_commit(session, Task.RUN_JOB, job_id)
+
+
+def _fail(context: Context, job_id: str, error: dict[str, str | None]) -> None:
+    with transaction(context.sessions) as session:
+        attempts.fail_validation(session, job_id, error=error)
+    log.info("job %s: %s", job_id, error["code"])
 
 
 def keep_house(context: Context) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import redis
+from pydantic import ValidationError
 
 from app.core.base_models import BaseModelEntry, find_model_dir
 from app.core.completions import CompletionRequest, Failed, Finished, Word
@@ -18,6 +21,15 @@ from worker.serving.engine import Engine, EngineLimits
 
 log = logging.getLogger(__name__)
 _LONGEST_WAIT_S = 3600.0  # a request held longer than this is a bug; its thread must come free
+_REMEMBERED = 1000  # cancelled ids: a cancel may overtake its request, which still waits in the queue
+
+
+@dataclass(slots=True)
+class _Held:
+    """A request this process is busy with; `engine` is None while its model loads."""
+
+    engine: Engine | None = None
+    done: threading.Event = field(default_factory=threading.Event)
 
 
 class Inference:
@@ -27,8 +39,12 @@ class Inference:
         self._context = context
         self._writer = WordWriter(context.redis)
         self._engines: dict[str, Engine] = {}
-        self._lock = threading.Lock()
-        self._running: dict[str, tuple[Engine, threading.Event]] = {}
+        self._engines_lock = threading.Lock()  # held while a model loads
+        self._lock = threading.Lock()  # of the two tables below
+        self._held: dict[str, _Held] = {}
+        self._cancelled: OrderedDict[str, None] = OrderedDict()
+        self._stopping = threading.Event()
+        self._stopped = threading.Event()
 
     def entries(self) -> list[BaseModelEntry]:
         """The base models this worker is told to serve, whether their weights are here or not."""
@@ -38,7 +54,9 @@ class Inference:
 
     def available(self) -> list[str]:
         """Names of base models that can answer now: weights here, engine alive or not started yet."""
-        names = []
+        names: list[str] = []
+        if self._stopping.is_set():
+            return names
         for entry in self.entries():
             engine = self._engines.get(entry.name)
             if self._folder(entry) is not None and (engine is None or engine.alive):
@@ -50,51 +68,81 @@ class Inference:
         ready = [entry.name for entry in self.entries() if self._folder(entry) is not None]
         if len(ready) == 1 or self._context.settings.served_base_models:
             for name in ready:
-                self._engine(name)
+                try:
+                    self._engine(name)
+                except Exception:  # one broken folder must not keep the other models from answering
+                    log.exception("engine of %s did not start", name)
 
     def complete(self, payload: dict[str, Any]) -> None:
         """Answer one request; returns when its last word is said or nobody listens any more."""
-        request = CompletionRequest.model_validate(payload)
-        done = threading.Event()
+        try:
+            request = CompletionRequest.model_validate(payload)
+        except ValidationError as error:  # its text would carry the user's messages into the log
+            log.error("a request of another version: %d faults", error.error_count())
+            return
         if request.expires_at < time.time():
             return  # the API has answered 503 already
+        held = _Held()
+        with self._lock:
+            if request.id in self._held or request.id in self._cancelled:
+                return
+            self._held[request.id] = held
         try:
-            engine = self._engine(request.base_model)
-        except Exception:  # whatever keeps a model from loading, the one who asked must hear of it
-            log.exception("engine of %s did not start", request.base_model)
-            self._say(request, [_unavailable(request.base_model)])
-            return
-        self._running[request.id] = (engine, done)
-        try:
-            engine.submit(request, self._emitter(request, done))
-            if not done.wait(_LONGEST_WAIT_S):
-                engine.cancel(request.id)
+            self._answer(request, held)
         finally:
-            del self._running[request.id]
+            with self._lock:
+                del self._held[request.id]
 
     def listen_for_cancels(self) -> None:
-        """Drop requests whose client has gone; returns when the connection is lost."""
+        """Drop requests whose client has gone; returns when the connection is lost or this worker stops."""
         with self._context.redis.pubsub(ignore_subscribe_messages=True) as pubsub:  # type: ignore[no-untyped-call]
             pubsub.subscribe(CANCELS)
-            while True:
-                message = pubsub.get_message(timeout=5.0)
+            while not self._stopped.is_set():
+                message = pubsub.get_message(timeout=1.0)
                 if message is not None:
-                    self._cancel(message["data"].decode())
+                    self._cancel(message["data"].decode("utf-8", "replace"))
+
+    def stop_soon(self, *, drain_s: float) -> None:
+        """Take no new requests; what runs may end within the time, the rest hears that it was stopped."""
+        self._stopping.set()
+        timer = threading.Timer(drain_s, self.stop)
+        timer.daemon = True
+        timer.start()
 
     def stop(self) -> None:
         """End all engines; what still ran hears so."""
-        for engine in self._engines.values():
-            engine.stop()
+        self._stopping.set()
+        self._stopped.set()
+        with self._engines_lock:
+            for engine in self._engines.values():
+                engine.stop()
+
+    def _answer(self, request: CompletionRequest, held: _Held) -> None:
+        try:
+            engine = held.engine = self._engine(request.base_model)
+            engine.submit(request, self._emitter(request, held.done))
+        except Exception:  # whatever keeps a model from answering, the one who asked must hear of it
+            log.exception("engine of %s did not start", request.base_model)
+            self._say(request, [_unavailable(request.base_model)])
+            return
+        held.done.wait(_LONGEST_WAIT_S)
+        engine.cancel(request.id)  # the client may have gone before the engine knew of its request
 
     def _cancel(self, request_id: str) -> None:
-        running = self._running.get(request_id)
-        if running is not None:
-            engine, done = running
-            engine.cancel(request_id)
-            done.set()
+        with self._lock:
+            self._cancelled[request_id] = None
+            if len(self._cancelled) > _REMEMBERED:
+                self._cancelled.popitem(last=False)
+            held = self._held.get(request_id)
+        if held is not None:
+            held.done.set()
+            if held.engine is not None:
+                held.engine.cancel(request_id)
 
     def _engine(self, name: str) -> Engine:
-        with self._lock:
+        with self._engines_lock:
+            if self._stopping.is_set():
+                raise RuntimeError("this worker is being stopped")
             engine = self._engines.get(name)
             if engine is None or not engine.alive:
                 entry = self._context.catalogue.find(name)

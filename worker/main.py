@@ -100,6 +100,7 @@ def _inference(context: Context) -> Role:
         context.settings.max_requests_in_flight,
         about,
         [cancels],
+        on_stopping=lambda: inference.stop_soon(drain_s=context.settings.drain_s),
         on_stopped=inference.stop,
     )
 
@@ -126,7 +127,9 @@ def _presence_beat(context: Context, queue: Queue, role: Role) -> Beat:
 
     def announce() -> None:
         about = role.about()
-        if about is not None:
+        if about is None:
+            presence.withdraw(context.redis, kind=queue, worker=context.worker)
+        else:
             presence.announce(context.redis, kind=queue, worker=context.worker, about=about, ttl_s=ttl_s)
 
     return Beat("presence", announce, every_s=min(1.0, ttl_s / 3))

@@ -33,7 +33,7 @@ RESULT_COLUMNS = {  # OpenAI's column names, uneven as they are, and the metrics
 
 def attempt_folder(context: Context, job_id: str, attempt: int) -> Path:
     """The only folder an attempt may write to; on the same disk as the weights it publishes."""
-    return context.storage.path(f"attempts/{job_id}-{attempt}")
+    return context.storage.path(Attempt(job_id, attempt).folder_key)
 
 
 def drop_attempt_folder(context: Context, attempt: Attempt) -> None:
@@ -71,7 +71,10 @@ def record_checkpoint(
     if known is not None:  # trained again after a crash: the newer weights stand behind the same name
         model = session.get_one(TunedModel, known.model_id)
         older, model.storage_key = model.storage_key, key
-        after_commit(session, lambda: context.storage.delete(older))
+        model.purged_at = None  # where the old weights were dropped already, the new ones go the same way
+        known.metrics = word.metrics.model_dump()
+        if older != key:  # equal: this very record, repeated after a commit whose answer was lost
+            after_commit(session, lambda: context.storage.delete(older))
         return
     name = served_models.new_model_name(job, organization_slug=_slug(session, job)) + f":ckpt-step-{step}"
     served_models.add_model(session, job, name=name, storage_key=key, is_checkpoint=True)

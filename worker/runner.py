@@ -12,16 +12,18 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from app.core import attempts, events
 from app.core.attempts import Attempt, AttemptLost
 from app.core.db import transaction
+from app.core.errors import ServiceError
 from app.core.log import bind
 from app.core.tables import Job
 from worker import records
 from worker.context import Context
+from worker.lease import Lease
 from worker.spec import MissingInputError, make_spec
 from worker.trainer import Trainer, TrainerDiedError
 from worker.training.words import CheckpointReady, Failed, Finished, Log, StepDone, TrainSpec, TrainWord
@@ -45,36 +47,57 @@ class Runner:
         self._context = context
         self._trainer = trainer
         self._settings = context.settings
+        self._busy = threading.Lock()
         self.stopping = threading.Event()
 
     def keep_warm(self) -> None:
-        """Start the trainer when there is none, so that the next job finds it ready."""
-        if not self.stopping.is_set():
-            self._trainer.start()
+        """Start the trainer when there is none, so that the next job finds it ready.
+
+        Never while a job runs: a child started in place of one that just died would hide that death.
+        """
+        if not self.stopping.is_set() and self._busy.acquire(blocking=False):
+            try:
+                self._trainer.start()
+            finally:
+                self._busy.release()
 
     def run_waiting(self) -> None:
         """Run jobs until none waits. The message that led here named one; the best one is taken."""
-        while not self.stopping.is_set():
-            with transaction(self._context.sessions) as session:
-                job = attempts.claim_job(session, worker=self._context.worker, lease_s=self._settings.lease_s)
-                if job is None:
-                    return
-                events.add_message(session, job, "Fine-tuning job started")
-            with bind(job=job.id, attempt=str(job.attempt)):
-                _AttemptRun(self._context, self._trainer, job, self.stopping).run()
+        with self._busy:
+            while not self.stopping.is_set() and self._run_best():
+                pass
+
+    def _run_best(self) -> bool:
+        claimed_at = time.monotonic()  # before the database's clock starts, so that ours ends first
+        with transaction(self._context.sessions) as session:
+            job = attempts.claim_job(session, worker=self._context.worker, lease_s=self._settings.lease_s)
+            if job is None:
+                return False
+            events.add_message(session, job, "Fine-tuning job started")
+        # Half a heartbeat before the end, the trainer must be on its way down.
+        margin_s = self._settings.trainer_grace_s + self._settings.heartbeat_s / 2
+        safe_s = self._settings.lease_s - margin_s
+        with (
+            bind(job=job.id, attempt=str(job.attempt)),
+            Lease(begun_at=claimed_at, safe_s=safe_s, on_unsafe=self._trainer.stop) as lease,
+        ):
+            _AttemptRun(self._context, self._trainer, job, lease=lease, stopping=self.stopping).run()
+        return True
 
 
 class _AttemptRun:
     """One attempt at one job, from its claim to its end."""
 
-    def __init__(self, context: Context, trainer: Trainer, job: Job, stopping: threading.Event) -> None:
+    def __init__(
+        self, context: Context, trainer: Trainer, job: Job, *, lease: Lease, stopping: threading.Event
+    ) -> None:
         self._context = context
         self._settings = context.settings
         self._trainer = trainer
         self._job = job
         self._attempt = Attempt(job.id, job.attempt)
+        self._lease = lease
         self._stopping = stopping
-        self._renewed_at = time.monotonic()
         self._checked_at = time.monotonic()
         self._heard_at = time.monotonic()
 
@@ -90,16 +113,21 @@ class _AttemptRun:
             log.info("the job is no longer ours; stopping the trainer")
             self._trainer.stop()
         except LeaseUnsafeError:
-            log.warning("the lease cannot be renewed; stopping the trainer")
-            self._trainer.stop()
+            self._fence()
         except StoppingError:
             self._trainer.stop()
             self._end(lambda session: attempts.hand_back(session, self._attempt))
         except TrainerDiedError as death:
+            if self._lease.is_unsafe:  # by the guard's hand
+                self._fence()
+            else:
+                self._trainer.stop()
+                self._died(str(death))
+        except ServiceError as error:  # no room in storage
             self._trainer.stop()
-            self._died(str(death))
-        except DBAPIError:  # not a lost connection but a statement the database refuses: a bug of ours
-            log.exception("a record was refused")
+            self._died(error.message)
+        except Exception:  # a bug of ours; the trainer must not go on with a job nobody listens to
+            log.exception("the attempt ended by an error of the worker")
             self._trainer.stop()
             self._died("The worker could not record what the trainer reported.")
         finally:
@@ -112,20 +140,20 @@ class _AttemptRun:
             self._keep_alive()
             if time.monotonic() - started > self._settings.trainer_start_s:
                 raise TrainerDiedError(f"The trainer did not start in {self._settings.trainer_start_s:g} s.")
+        self._keep_alive()
         self._trainer.send(spec)
         self._heard_at = time.monotonic()
         while True:
             word = self._trainer.next_word(timeout_s=self._tick())
+            if word is not None:
+                self._heard_at = time.monotonic()
+                if self._record(word):
+                    return
+            elif time.monotonic() - self._heard_at > self._settings.trainer_idle_s:
+                raise TrainerDiedError(
+                    f"The trainer made no progress for {self._settings.trainer_idle_s:g} s and was ended."
+                )
             self._keep_alive()
-            if word is None:
-                if time.monotonic() - self._heard_at > self._settings.trainer_idle_s:
-                    raise TrainerDiedError(
-                        f"The trainer made no progress for {self._settings.trainer_idle_s:g} s and was ended."
-                    )
-                continue
-            self._heard_at = time.monotonic()
-            if self._record(word):
-                return
 
     def _record(self, word: TrainWord) -> bool:
         """Write down one word; True when it was the last."""
@@ -167,14 +195,17 @@ class _AttemptRun:
         """Renew the lease in time, and notice soon when the job has been cancelled."""
         if self._stopping.is_set():
             raise StoppingError
+        if self._lease.is_unsafe:
+            raise LeaseUnsafeError
         now = time.monotonic()
-        if now - self._renewed_at >= self._settings.heartbeat_s:
+        if self._lease.age_s >= self._settings.heartbeat_s:
             lease_s = self._settings.lease_s
             self._write(lambda session: attempts.renew_lease(session, self._attempt, lease_s=lease_s))
-            self._renewed_at = now
+            self._lease.renewed(at=now)
+            self._checked_at = now
         elif now - self._checked_at >= self._settings.cancel_poll_s:
             self._write(lambda session: attempts.check_alive(session, self._attempt))
-        self._checked_at = now if now - self._checked_at >= self._settings.cancel_poll_s else self._checked_at
+            self._checked_at = now
 
     def _write(self, action: Callable[[Session], T]) -> T:
         """One short transaction, repeated while the database is away and the lease is safe."""
@@ -183,12 +214,17 @@ class _AttemptRun:
                 with transaction(self._context.sessions) as session:
                     return action(session)
             except OperationalError as error:
-                # Half of the heartbeat before the end, the trainer must be on its way down.
-                margin_s = self._settings.trainer_grace_s + self._settings.heartbeat_s / 2
-                if time.monotonic() - self._renewed_at > self._settings.lease_s - margin_s:
+                if self._lease.is_unsafe or self._stopping.is_set():
                     raise LeaseUnsafeError from error
                 log.warning("database away: %s", type(error.orig).__name__)
                 time.sleep(min(0.5, self._settings.heartbeat_s / 2))
+
+    def _fence(self) -> None:
+        """Stop before someone else starts; the job goes back if the database answers just now."""
+        log.warning("the lease cannot be renewed; stopping the trainer")
+        self._trainer.stop()
+        reason = "The worker lost touch with the database"
+        self._end(lambda session: attempts.hand_back(session, self._attempt, reason=reason))
 
     def _died(self, reason: str) -> None:
         log.warning("attempt died: %s", reason)

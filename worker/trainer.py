@@ -9,10 +9,12 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
 import threading
+import time
 from contextlib import suppress
 from typing import IO
 
@@ -21,8 +23,11 @@ from pydantic import ValidationError
 from worker.training.words import TRAIN_WORD, Ready, TrainSpec, TrainWord
 
 log = logging.getLogger(__name__)
-# The child reads users' data and needs none of the service's addresses or passwords.
-_OWN_PREFIX = "LUTHIER_"
+# The child reads users' data and needs none of the machine's addresses or passwords.
+_PRIVATE = re.compile(
+    r"^(LUTHIER|PG|AWS)_?|(^|_)(PASSWORD|PASSWD|SECRET|TOKEN|KEY|CREDENTIALS?)(_|$)|^(DATABASE|REDIS|BROKER)_URL$"
+)
+_GONE_S = 2.0  # how long a killed group may take to leave the process table
 _LONGEST_WORD = 2**20  # bytes of one line; the protocol's words are far smaller
 
 
@@ -54,7 +59,7 @@ class Trainer:
             self._release()
             self._words = queue.Queue()
             self._ready = threading.Event()
-            environment = {k: v for k, v in os.environ.items() if not k.startswith(_OWN_PREFIX)}
+            environment = {k: v for k, v in os.environ.items() if not _PRIVATE.search(k)}
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "worker.training"],
                 stdin=subprocess.PIPE,
@@ -70,18 +75,20 @@ class Trainer:
         """Whether the child has come up within the time; raises TrainerDiedError when it ended instead."""
         if self._ready.wait(timeout_s):
             return True
-        if self._process is None or self._process.poll() is not None:
+        process = self._process
+        if process is None or process.poll() is not None:
             raise TrainerDiedError(self._how_it_ended())
         return False
 
     def send(self, spec: TrainSpec) -> None:
         """Give the child a job."""
-        assert self._process is not None
-        assert self._process.stdin is not None
+        process = self._process
+        if process is None or process.stdin is None:
+            raise TrainerDiedError(self._how_it_ended())
         try:
-            self._process.stdin.write(spec.model_dump_json().encode() + b"\n")
-            self._process.stdin.flush()
-        except OSError:
+            process.stdin.write(spec.model_dump_json().encode() + b"\n")
+            process.stdin.flush()
+        except (OSError, ValueError):  # broken, or closed by `stop`
             raise TrainerDiedError(self._how_it_ended()) from None
 
     def next_word(self, *, timeout_s: float) -> TrainWord | None:
@@ -108,26 +115,45 @@ class Trainer:
         process, self._process = self._process, None
         if process is None:
             return
-        with suppress(ProcessLookupError):
+        with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)  # the child leads its group; what it started goes too
         process.wait(timeout=30)
+        _see_gone(process.pid)
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
                 with suppress(OSError):
                     pipe.close()
 
     def _how_it_ended(self) -> str:
-        if self._process is None:
+        process = self._process
+        if process is None:
             return "The trainer was stopped."
         with suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=self._grace_s)
-        code = self._process.returncode
+            process.wait(timeout=self._grace_s)
+        code = process.returncode
         if code is None:
             return "The trainer closed its output without ending."
         if code >= 0:
             return f"The trainer ended with exit code {code}."
         cause = " (out of memory, most likely)" if code == -signal.SIGKILL else ""
-        return f"The trainer was killed by {signal.Signals(-code).name}{cause}."
+        return f"The trainer was killed by {_signal_name(-code)}{cause}."
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal, which has no name of its own
+        return f"signal {number}"
+
+
+def _see_gone(group: int) -> None:
+    """Wait until no process of the group is left; macOS answers EPERM for a group of zombies."""
+    deadline = time.monotonic() + _GONE_S
+    with suppress(ProcessLookupError, PermissionError):
+        while time.monotonic() < deadline:
+            os.killpg(group, 0)
+            time.sleep(0.01)
+        log.warning("processes of the trainer's group %d are still listed", group)
 
 
 def _read(stream: IO[bytes], words: queue.Queue[TrainWord | None], ready: threading.Event) -> None:

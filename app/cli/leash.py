@@ -75,6 +75,7 @@ def exec_child(options: argparse.Namespace, parent: int) -> None:
         for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
             signal.signal(number, signal.SIG_DFL)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.closerange(3, 256)  # what the leash inherited to hold, the program must not
         os.execvp(options.program[0], options.program)  # noqa: S606 - from a list, no shell
     except OSError as error:
         os.write(2, f"cannot start {options.program[0]}: {error.strerror}\n".encode())
@@ -123,6 +124,7 @@ def list_orphans() -> list[int]:
 
 def sweep(child: int) -> None:
     """End whatever the child left behind, in its group or adopted from it, and see it gone."""
+    send(child, signal.SIGTERM)
     kill_at = time.monotonic() + LINGER_S
     while list_orphans() and time.monotonic() < kill_at:
         reap(child)

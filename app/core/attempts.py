@@ -32,6 +32,11 @@ class Attempt:
     job_id: str
     number: int
 
+    @property
+    def folder_key(self) -> str:
+        """Storage key of the only folder the attempt may write to."""
+        return f"attempts/{self.job_id}-{self.number}"
+
 
 def claim_job(session: Session, *, worker: str, lease_s: float) -> Job | None:
     """Take the best waiting job, or None: priority first, then the project with least running, then age."""
@@ -104,10 +109,10 @@ def fail(session: Session, attempt: Attempt, *, error: dict[str, str | None]) ->
     return job
 
 
-def hand_back(session: Session, attempt: Attempt) -> None:
-    """Return a job whose worker is being stopped; it waits in its old place and has lost no try."""
+def hand_back(session: Session, attempt: Attempt, *, reason: str = "The worker was stopped") -> None:
+    """Return a job that its worker cannot go on with; it waits in its old place and has lost no try."""
     job = write(session, attempt, _WAITING)
-    events.add_message(session, job, "The worker was stopped; the job is queued again")
+    events.add_message(session, job, f"{reason}; the job is queued again")
 
 
 def requeue(session: Session, attempt: Attempt, *, reason: str, max_attempts: int) -> JobStatus:

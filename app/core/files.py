@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import timedelta
 
-from sqlalchemy import Select, func, select
-from sqlalchemy.orm import Session
+from sqlalchemy import ColumnElement, Select, func, select
+from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from app.core.db import utc_now
 from app.core.errors import InvalidRequest, NotFound, TooLarge
@@ -106,10 +106,11 @@ def expire_files(session: Session) -> int:
     """Mark files past their time as deleted, those in use excepted; returns how many."""
     due = session.scalars(
         select(File)
-        .where(File.deleted_at.is_(None), File.expires_at < utc_now())
+        .where(File.deleted_at.is_(None), File.expires_at < utc_now(), ~_in_need())
         .with_for_update(skip_locked=True)
         .limit(100)
     ).all()
+    # Asked again under the lock: a job may have been committed between the two looks.
     free = [row for row in due if session.scalar(_jobs_in_need(row.id).limit(1)) is None]
     for row in free:
         row.deleted_at = utc_now()
@@ -142,7 +143,11 @@ def _live(project_id: str) -> Select[File]:
     )
 
 
-def _jobs_in_need(file_id: str) -> Select[str]:
+def _jobs_in_need(file_id: str | InstrumentedAttribute[str]) -> Select[str]:
     return select(Job.id).where(
         (Job.training_file == file_id) | (Job.validation_file == file_id), Job.status.not_in(FINAL)
     )
+
+
+def _in_need() -> ColumnElement[bool]:
+    return _jobs_in_need(File.id).correlate(File).exists()

@@ -8,12 +8,14 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 from sqlalchemy import or_, select, text
 from sqlalchemy.orm import Session
 
 from app.core import attempts, files, served_models
 from app.core.db import utc_now
+from app.core.outbox import after_commit
 from app.core.queue import Sender, Task
 from app.core.settings import Settings
 from app.core.status import JobStatus
@@ -23,6 +25,9 @@ from app.core.tables import Job
 log = logging.getLogger(__name__)
 LOCK = 0x6C757469  # advisory lock of this module
 HINT_AGE_S = 10  # a waiting job whose last hint is older gets another
+MAX_BACKLOG = 100  # hints waiting in one queue; more would only fill the broker while all workers are busy
+STALE_S = 86_400  # an unfinished upload untouched for so long has lost its writer
+_TASKS = {JobStatus.VALIDATING_FILES: Task.VALIDATE_JOB, JobStatus.QUEUED: Task.RUN_JOB}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,28 +44,39 @@ def sweep(session: Session, storage: Storage, sender: Sender, settings: Settings
     """Do one round, or return None when another process is at it."""
     if not session.scalar(text("SELECT pg_try_advisory_xact_lock(:key)"), {"key": LOCK}):
         return None
-    requeued = _requeue_dead(session, max_attempts=settings.max_attempts)
+    room = {status: _room(sender, task) for status, task in _TASKS.items()}
+    requeued = _requeue_dead(session, storage, max_attempts=settings.max_attempts)
     expired = files.expire_files(session)
     purged = files.purge_deleted(session, storage) + served_models.purge_deleted(session, storage)
-    return Swept(_hint_waiting(session, sender), requeued, expired, purged)
+    purged += storage.drop_stale(age_s=STALE_S)
+    hinted = sum(_hint_waiting(session, sender, status, limit=room[status]) for status in _TASKS)
+    return Swept(hinted, requeued, expired, purged)
 
 
-def _requeue_dead(session: Session, *, max_attempts: int) -> int:
+def _requeue_dead(session: Session, storage: Storage, *, max_attempts: int) -> int:
     dead = attempts.find_dead(session)
     for attempt, worker in dead:
         reason = f"The worker {worker} that ran attempt {attempt.number} is gone."
         status = attempts.requeue(session, attempt, reason=reason, max_attempts=max_attempts)
+        after_commit(session, partial(storage.delete, attempt.folder_key))
         log.warning("job %s: attempt %d dead on %s, now %s", attempt.job_id, attempt.number, worker, status)
     return len(dead)
 
 
-def _hint_waiting(session: Session, sender: Sender) -> int:
-    tasks = {JobStatus.VALIDATING_FILES: Task.VALIDATE_JOB, JobStatus.QUEUED: Task.RUN_JOB}
+def _room(sender: Sender, task: Task) -> int:
+    """How many hints the task's queue may still take; none while the broker is away."""
+    try:
+        return max(0, MAX_BACKLOG - sender.backlog(task))
+    except Exception as error:  # kombu raises a different class for each kind of failure
+        log.warning("the queue of %s cannot be read: %s", task, type(error).__name__)
+        return 0
+
+
+def _hint_waiting(session: Session, sender: Sender, status: JobStatus, *, limit: int) -> int:
     stale = or_(Job.hinted_at.is_(None), Job.hinted_at < utc_now() - timedelta(seconds=HINT_AGE_S))
-    rows = session.scalars(
-        select(Job).where(Job.status.in_(tasks), stale).with_for_update(skip_locked=True).limit(200)
-    ).all()
+    query = select(Job).where(Job.status == status, stale).order_by(Job.priority.desc(), Job.created_at)
+    rows = session.scalars(query.with_for_update(skip_locked=True).limit(limit)).all()
     for job in rows:
         job.hinted_at = utc_now()
-        sender.hint_on_commit(session, tasks[job.status], job.id)
+        sender.hint_on_commit(session, _TASKS[status], job.id)
     return len(rows)

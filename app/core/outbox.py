@@ -6,10 +6,11 @@ import logging
 from collections.abc import Callable
 
 from sqlalchemy import event
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, SessionTransaction
 
 log = logging.getLogger(__name__)
 _KEY = "luthier_after_commit"
+_MARKS = "luthier_savepoints"  # how many actions there were when each savepoint began
 
 
 def after_commit(session: Session, action: Callable[[], object]) -> None:
@@ -28,6 +29,20 @@ def _run(session: Session) -> None:
             log.warning("an action after the commit failed; housekeeping will repeat it", exc_info=True)
 
 
-@event.listens_for(Session, "after_rollback")
-def _drop(session: Session) -> None:
-    session.info.pop(_KEY, None)
+@event.listens_for(Session, "after_transaction_create")
+def _mark(session: Session, transaction: SessionTransaction) -> None:
+    if transaction.nested:
+        session.info.setdefault(_MARKS, {})[transaction] = len(session.info.get(_KEY, []))
+
+
+@event.listens_for(Session, "after_soft_rollback")
+def _undo(session: Session, transaction: SessionTransaction) -> None:
+    if transaction.nested:
+        del session.info.get(_KEY, [])[session.info.get(_MARKS, {}).get(transaction, 0) :]
+
+
+@event.listens_for(Session, "after_transaction_end")
+def _forget(session: Session, transaction: SessionTransaction) -> None:
+    if transaction.parent is None:  # a rollback or a close; a commit has run them by now
+        session.info.pop(_KEY, None)
+        session.info.pop(_MARKS, None)

@@ -10,6 +10,7 @@ from enum import StrEnum
 from typing import Any
 
 from celery import Celery
+from kombu.pools import producers
 from sqlalchemy.orm import Session
 
 from app.core.outbox import after_commit
@@ -23,6 +24,14 @@ SOCKET_OPTIONS: dict[str, Any] = {
     "socket_connect_timeout": 5,
     "socket_keepalive": True,
     "health_check_interval": 25,
+}
+
+
+# A sender has a caller who waits: one try, and soon an answer. Workers keep trying instead.
+SEND_OPTIONS: dict[str, Any] = SOCKET_OPTIONS | {
+    "socket_timeout": 3,
+    "socket_connect_timeout": 2,
+    "max_retries": 0,
 }
 
 
@@ -40,6 +49,9 @@ class Task(StrEnum):
     VALIDATE_JOB = "luthier.validate_job"
     RUN_JOB = "luthier.run_job"
     COMPLETE = "luthier.complete"
+
+
+_QUEUES = {Task.VALIDATE_JOB: Queue.CONTROL, Task.RUN_JOB: Queue.TRAINING}
 
 
 def inference_queue(base_model: str) -> str:
@@ -77,16 +89,25 @@ class Sender:
 
     def __init__(self, celery: Celery) -> None:
         self._celery = celery
+        self._connection = celery.connection_for_write(transport_options=SEND_OPTIONS)
 
     def send(self, task: Task, queue: str, *args: Any) -> None:
         """Send now; raises when the broker cannot be reached. Arguments never reach a log."""
-        self._celery.send_task(str(task), args=args, queue=queue, argsrepr="(…)", kwargsrepr="{}")
+        with producers[self._connection].acquire(block=True, timeout=5) as producer:
+            self._celery.send_task(
+                str(task), args=args, queue=queue, producer=producer, argsrepr="(…)", kwargsrepr="{}"
+            )
+
+    def backlog(self, task: Task) -> int:
+        """How many hints of that kind no worker has taken yet; raises when the broker cannot be reached."""
+        with producers[self._connection].acquire(block=True, timeout=5) as producer:
+            queue = self._celery.amqp.queues[str(_QUEUES[task])]
+            return int(queue(producer.channel).queue_declare(passive=False).message_count)
 
     def hint(self, task: Task, job_id: str) -> None:
         """Tell the workers of a job. A broker that is away is no error: housekeeping tells them again."""
-        queue = Queue.CONTROL if task is Task.VALIDATE_JOB else Queue.TRAINING
         try:
-            self.send(task, str(queue), job_id)
+            self.send(task, str(_QUEUES[task]), job_id)
         except Exception as error:  # kombu raises a different class for each kind of failure
             log.warning("hint %s for %s not sent: %s", task, job_id, type(error).__name__)
 

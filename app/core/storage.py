@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 import shutil
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -96,6 +97,16 @@ class Storage:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+    def drop_stale(self, *, age_s: float) -> int:
+        """Remove unpublished files nobody has written to for so long: their writer is gone."""
+        count = 0
+        for path in (self.root / "tmp").iterdir():
+            with suppress(FileNotFoundError):  # published or discarded this moment
+                if time.time() - path.stat().st_mtime > age_s:
+                    path.unlink()
+                    count += 1
+        return count
 
     def free_bytes(self) -> int:
         """Room left on the disk below."""

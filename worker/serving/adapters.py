@@ -116,6 +116,8 @@ class AdapterSet:
 
     def _prepare_layers(self) -> None:
         """Route every LoRA layer by row. None is active: peft warns when an active one is deleted."""
+        if self._tuner is not None:
+            self._tuner.active_adapter = []
         for module in self._model.modules():
             if not isinstance(module, LoraLayer):
                 continue

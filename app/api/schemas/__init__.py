@@ -1,0 +1,1 @@
+"""Bodies and queries as they arrive, objects as they leave. Knows no database session."""

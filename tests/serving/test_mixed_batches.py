@@ -1,0 +1,133 @@
+"""Every row of a mixed batch gets the tokens it would get alone from plain peft (greedy, float32)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from app.core.completions import CompletionRequest, TunedWeights
+from tests.serving.conftest import CPU, quiet_peft
+from worker.base_model import load_base_model, load_tokenizer
+from worker.chat_template import ChatTemplate
+from worker.serving.batch import ModelGroup
+from worker.serving.intake import Intake
+
+TEXTS = [
+    "Hello",
+    "Where is my order? " * 12,
+    "I want my money back.",
+    "Thank you very much! " * 5,
+    '{"intent": "refund"}',
+    "0123456789 " * 20,
+]
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_dir: Path, adapters: list[TunedWeights]):
+    """Plain peft, one request at a time."""
+    base = load_base_model(tiny_dir, quantize_4bit=False, device=CPU, dtype=torch.float32)
+    with quiet_peft():
+        model = PeftModel.from_pretrained(base, adapters[0].path, adapter_name="ref0")
+    for index, tuned in enumerate(adapters[1:], start=1):
+        model.load_adapter(tuned.path, adapter_name=f"ref{index}")
+    names = {tuned.id: f"ref{index}" for index, tuned in enumerate(adapters)}
+    template = ChatTemplate(load_tokenizer(tiny_dir))
+
+    def answer(request: CompletionRequest) -> list[int]:
+        ids_1T = torch.tensor([template.encode_prompt(request.messages)])
+        options = {"do_sample": False, "max_new_tokens": request.sampling.max_tokens}
+        options["attention_mask"] = torch.ones_like(ids_1T)
+        if request.tuned is None:
+            with model.disable_adapter():
+                output = model.generate(input_ids=ids_1T, **options)
+        else:
+            model.set_adapter(names[request.tuned.id])
+            output = model.generate(input_ids=ids_1T, **options)
+        made = output[0, ids_1T.shape[1] :].tolist()
+        return [token_id for token_id in made if token_id != model.generation_config.eos_token_id]
+
+    return answer
+
+
+def make_group(tiny_dir: Path, **limits: int) -> tuple[ModelGroup, Intake]:
+    model = load_base_model(tiny_dir, quantize_4bit=False, device=CPU, dtype=torch.float32)
+    group = ModelGroup(model, **({"max_batch": 8, "max_tokens": 8192, "max_adapters": 8} | limits))
+    return group, Intake(load_tokenizer(tiny_dir), model, chat_template=None)
+
+
+@torch.inference_mode()
+def run(group: ModelGroup, intake: Intake, requests: list[CompletionRequest]) -> list[list[int]]:
+    """Answer all, one more request joining at each step; their ids."""
+    completions = [intake.open(request) for request in requests]
+    waiting = list(completions)
+    while waiting or not group.idle:
+        if waiting:
+            group.queue.push(waiting.pop(0).sequences[0])
+        while sequence := group.admit():
+            group.prefill(sequence)
+        if group.rows:
+            group.decode()
+    return [completion.sequences[0].ids[len(completion.prompt_ids) :] for completion in completions]
+
+
+def mixed_requests(make_request, adapters: list[TunedWeights], count: int) -> list[CompletionRequest]:
+    weights = [None, *adapters]
+    return [
+        make_request(TEXTS[i % len(TEXTS)], tuned=weights[i % len(weights)], max_tokens=6 + 7 * (i % 5))
+        for i in range(count)
+    ]
+
+
+def test_rows_joining_over_time_get_the_tokens_they_get_alone(tiny_dir, make_request, adapters, reference):
+    requests = mixed_requests(make_request, adapters, 24)
+    got = run(*make_group(tiny_dir), requests)
+    expected = [reference(request) for request in requests]
+    assert got == expected
+    assert len({tuple(ids[:6]) for ids in expected}) > 8  # the adapters and prompts do make a difference
+
+
+def test_rows_sent_back_for_lack_of_memory_get_the_same_tokens(tiny_dir, make_request, adapters, reference):
+    requests = mixed_requests(make_request, adapters, 10)
+    requests += [make_request(text, max_tokens=150) for text in TEXTS]
+    group, intake = make_group(tiny_dir, max_tokens=700)
+    assert run(group, intake, requests) == [reference(request) for request in requests]
+    assert group.preemptions > 0
+
+
+def test_adapters_leave_and_come_back_without_a_trace(tiny_dir, make_request, adapters, reference):
+    requests = mixed_requests(make_request, adapters, 12)
+    group, intake = make_group(tiny_dir, max_adapters=1)
+    assert run(group, intake, requests) == [reference(request) for request in requests]
+    assert len(group.adapters) == 1
+
+
+def test_a_base_model_without_adapters_answers_as_plain_generate(tiny_dir, make_request, reference):
+    requests = [make_request(text, max_tokens=20) for text in TEXTS]
+    assert run(*make_group(tiny_dir), requests) == [reference(request) for request in requests]
+
+
+def test_a_broken_neighbour_changes_nothing_for_the_others(tiny_dir, make_request, make_adapter, reference):
+    """Its numbers must leave neither through the batch nor through the memory its row leaves behind."""
+    broken = make_adapter("ft:broken", seed=9)
+    weights = Path(broken.path) / "adapter_model.safetensors"
+    save_file({key: torch.full_like(t, torch.nan) for key, t in load_file(weights).items()}, weights)
+    group, intake = make_group(tiny_dir, max_batch=2)
+    first, second = make_request("Hello", max_tokens=40), make_request(TEXTS[1], max_tokens=40)
+    with torch.inference_mode():
+        opened = [intake.open(first), intake.open(make_request(TEXTS[5], tuned=broken)), intake.open(second)]
+        for completion in opened[:2]:
+            group.queue.push(completion.sequences[0])
+            group.prefill(group.admit())
+        assert opened[1].broken
+        group.decode()
+        group.drop(opened[1])
+        group.queue.push(opened[2].sequences[0])
+        group.prefill(group.admit())
+        while group.rows:
+            group.decode()
+    ids = [c.sequences[0].ids[len(c.prompt_ids) :] for c in (opened[0], opened[2])]
+    assert ids == [reference(first), reference(second)]

@@ -1,0 +1,115 @@
+"""Files become examples: cut at the end, dropped if nothing is left to learn, in an order the seed fixes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny import write_examples
+from tests.training.conftest import CPU
+from worker.base_model import load_tokenizer
+from worker.chat_template import ChatTemplate, TokenizedExample
+from worker.training.data import epoch_batches, flatten, micro_batches, read_split
+from worker.training.errors import TrainingError
+
+
+@pytest.fixture
+def template(tiny_dir: Path) -> ChatTemplate:
+    return ChatTemplate(load_tokenizer(tiny_dir))
+
+
+def write(path: Path, *conversations: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in conversations))
+    return path
+
+
+def test_long_examples_are_cut_at_the_end_and_counted(template: ChatTemplate, tmp_path: Path) -> None:
+    whole = read_split(write_examples(tmp_path / "a.jsonl", 4), "training_file", template, 500)
+    longest = max(len(example.ids) for example in whole.examples)
+    cut = read_split(tmp_path / "a.jsonl", "training_file", template, longest - 1)
+    assert (whole.cut, cut.cut) == (0, 1)
+    assert sorted(len(e.ids) for e in cut.examples)[-1] == longest - 1
+    assert all(c.ids == w.ids[: longest - 1] for c, w in zip(cut.examples, whole.examples, strict=True))
+    (warning,) = cut.warnings("training", longest - 1)
+    assert warning.level == "warn"
+    assert warning.message.startswith("1 example(s) of the training file were longer than")
+
+
+def test_examples_without_a_label_after_the_cut_are_left_out_with_a_warning(
+    template: ChatTemplate, tmp_path: Path
+) -> None:
+    answer = {"role": "assistant", "content": "Yes."}
+    short = [{"role": "user", "content": "Hi"}, answer]
+    long = [{"role": "user", "content": "Thank you. " * 50}, answer]
+    file = write(tmp_path / "a.jsonl", short, long, [short[0], {**answer, "weight": 0}])
+    split = read_split(file, "training_file", template, 100)
+    assert (len(split.examples), split.cut, split.dropped) == (1, 1, 2)
+    assert [log.level for log in split.warnings("training", 100)] == ["warn", "warn"]
+
+
+def test_a_file_with_nothing_to_train_on_is_an_error_that_names_the_cure(
+    template: ChatTemplate, tmp_path: Path
+) -> None:
+    with pytest.raises(TrainingError, match="max_length") as raised:
+        read_split(write_examples(tmp_path / "a.jsonl", 3), "training_file", template, 5)
+    assert raised.value.word.code == "no_trainable_tokens"
+    assert raised.value.word.param == "training_file"
+    assert not raised.value.word.retryable
+
+
+def test_a_bad_line_is_an_error_with_its_number(template: ChatTemplate, tmp_path: Path) -> None:
+    file = write_examples(tmp_path / "a.jsonl", 2)
+    file.write_text(file.read_text() + '{"messages": 1}\n')
+    with pytest.raises(TrainingError, match="Example 3") as raised:
+        read_split(file, "validation_file", template, 500)
+    assert raised.value.word.code == "invalid_validation_file"
+
+
+def test_tools_a_template_cannot_show_are_warned_about(tiny_dir: Path, tmp_path: Path) -> None:
+    deaf = "{% for m in messages %}{{ m.role + m.content }}<|im_end|>{% endfor %}"
+    deaf += "{% if add_generation_prompt %}assistant{% endif %}"
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}]
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps({"messages": messages, "tools": tools}) + "\n")
+    split = read_split(file, "training_file", ChatTemplate(load_tokenizer(tiny_dir), deaf), 500)
+    (warning,) = split.warnings("training", 500)
+    assert "tools" in warning.message
+
+
+def numbered(count: int) -> list[TokenizedExample]:
+    return [
+        TokenizedExample([number] * (number + 2), [False, *[True] * (number + 1)]) for number in range(count)
+    ]
+
+
+def test_an_epoch_holds_every_example_once_in_an_order_of_its_own() -> None:
+    examples = numbered(10)
+    epochs = [list(epoch_batches(examples, 4, seed=3, epoch=epoch)) for epoch in (1, 2, 1)]
+    assert [len(batch) for batch in epochs[0]] == [4, 4, 2]
+    orders = [[example.ids[0] for batch in batches for example in batch] for batches in epochs]
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(10))
+    assert orders[0] == orders[2] != orders[1]
+    assert orders[0] != [e.ids[0] for b in epoch_batches(examples, 4, seed=4, epoch=1) for e in b]
+
+
+def test_micro_batches_keep_order_and_respect_the_limit_where_they_can() -> None:
+    examples = numbered(10)  # 2 to 11 tokens
+    parts = list(micro_batches(examples, 10))
+    assert [example for part in parts for example in part] == examples
+    assert all(len(part) == 1 or sum(len(e.ids) for e in part) <= 10 for part in parts)
+    assert len(parts) < len(examples)
+
+
+def test_flat_batches_restart_positions_and_pair_each_label_with_the_token_before_it() -> None:
+    first = TokenizedExample([5, 6, 7], [True, False, True])  # nothing precedes the very first token
+    second = TokenizedExample([8, 9], [False, True])
+    batch = flatten([first, second], CPU)
+    assert batch.ids.tolist() == [5, 6, 7, 8, 9]
+    assert batch.positions.tolist() == [0, 1, 2, 0, 1]
+    assert batch.lengths == (3, 2)
+    assert batch.rows.tolist() == [1, 3]
+    assert batch.labels.tolist() == [7, 9]
