@@ -33,8 +33,8 @@ fmt: $(VENV)/dev.stamp ## format and mend what can be mended
 test: $(VENV)/dev.stamp ## all tests; ARGS='-k word' for some
 	$(RUN) pytest -n 2 --dist loadfile $(ARGS)
 
-bare: ## prove each of the extras api and worker in an environment that holds nothing else
-	@PYTHON="$(PYTHON)" sh tests/structure/bare.sh $(EXTRAS)
+bare: | $(VENV)/bin/python ## prove each of the extras api and worker in an environment that holds nothing else
+	@sh tests/structure/bare.sh $(VENV)/bin/python $(EXTRAS)
 
 migration: $(VENV)/dev.stamp ## draft a migration from the change in the tables; NAME='add x to y'
 	@$(RUN) migrations.draft "$(NAME)"

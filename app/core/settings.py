@@ -60,7 +60,7 @@ class Settings(BaseSettings):
     # Names
     organization: str = "luthier"  # slug of the first organization; stands in model names
     project: str = "default"  # name of the first project
-    log_level: str = "INFO"
+    log_level: str = "INFO"  # least severe lines that are logged
 
     @field_validator("storage_url")
     @classmethod

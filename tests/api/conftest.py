@@ -42,7 +42,7 @@ def settings(database_url: str, redis_url: str, tmp_path_factory: pytest.TempPat
         max_body_bytes=MAX_BODY_BYTES,
         max_messages=50,
         max_n=4,
-        max_completion_tokens=2048,
+        max_completion_tokens=4096,
         first_word_s=5.0,
         word_gap_s=2.0,
     )

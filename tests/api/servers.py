@@ -32,13 +32,18 @@ def api_server(settings: Settings) -> Iterator[str]:
             assert not thread.is_alive(), "the server did not stop"
 
 
+def connect(url: str) -> socket.socket:
+    """A plain connection to the server."""
+    host, _, port = url.removeprefix("http://").partition(":")
+    return socket.create_connection((host, int(port)), timeout=20)
+
+
 def send_raw(url: str, data: bytes, *, leave: bool = False, finish: bool = False) -> bytes:
     """Send bytes as they are and return all that comes back.
 
     `leave`: close at once. `finish`: say that nothing more will be sent.
     """
-    host, _, port = url.removeprefix("http://").partition(":")
-    with socket.create_connection((host, int(port)), timeout=20) as connection:
+    with connect(url) as connection:
         connection.sendall(data)
         if leave:
             return b""

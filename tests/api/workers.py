@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import kombu
 import redis
+from kombu.connection import Connection
 
 from app.core.base_models import DEFAULT_BASE_MODEL
 from app.core.completions import CompletionRequest, Delta, Finished, FinishReason, Word
@@ -54,7 +54,7 @@ class InferenceWorker:
 
     def run(self) -> None:
         """Take messages until stopped."""
-        with kombu.Connection(self._url) as connection:
+        with Connection(self._url) as connection:  # type: ignore[no-untyped-call]
             queue = connection.SimpleQueue(inference_queue(DEFAULT_BASE_MODEL), no_ack=True)
             while not self._stop.is_set():
                 try:
@@ -69,7 +69,7 @@ class InferenceWorker:
 
     def listen(self) -> None:
         """Note cancels until stopped."""
-        with self.client.pubsub(ignore_subscribe_messages=True) as channel:
+        with self.client.pubsub(ignore_subscribe_messages=True) as channel:  # type: ignore[no-untyped-call]
             channel.subscribe(CANCELS)
             while not self._stop.is_set():
                 message: dict[str, Any] | None = channel.get_message(timeout=0.05)

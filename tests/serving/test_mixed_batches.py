@@ -116,9 +116,14 @@ def test_a_broken_neighbour_changes_nothing_for_the_others(tiny_dir, make_reques
     weights = Path(broken.path) / "adapter_model.safetensors"
     save_file({key: torch.full_like(t, torch.nan) for key, t in load_file(weights).items()}, weights)
     group, intake = make_group(tiny_dir, max_batch=2)
-    first, second = make_request("Hello", max_tokens=40), make_request(TEXTS[1], max_tokens=40)
+    # The second is shorter than the first, so part of its reused row stays masked.
+    first, second = make_request(TEXTS[1], max_tokens=40), make_request("Hello", max_tokens=20)
     with torch.inference_mode():
-        opened = [intake.open(first), intake.open(make_request(TEXTS[5], tuned=broken)), intake.open(second)]
+        opened = [
+            intake.open(first),
+            intake.open(make_request(TEXTS[1] * 2, tuned=broken)),
+            intake.open(second),
+        ]
         for completion in opened[:2]:
             group.queue.push(completion.sequences[0])
             group.prefill(group.admit())

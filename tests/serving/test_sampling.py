@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
+
 import torch
 
-from worker.serving.sampling import NUCLEUS_GUESS, choose_tokens, make_chooser
+from worker.serving.sampling import NUCLEUS_GUESS, Chooser, choose_tokens, make_chooser
 
 
 def draw(logits_V: torch.Tensor, count: int, *, temperature: float = 1.0, top_p: float = 1.0) -> torch.Tensor:
@@ -86,3 +88,12 @@ def test_a_row_that_is_not_numbers_is_told_apart_and_harms_no_neighbour():
     logits_BV[2, 0] = torch.inf
     choosers = [make_chooser(1.0, 0.5, seed=1, index=index) for index in range(3)]
     assert choose_tokens(logits_BV, choosers) == [-1, 5, -1]
+
+
+def test_the_smallest_random_number_never_draws_a_token_outside_the_nucleus():
+    class Zero(random.Random):
+        def random(self) -> float:
+            return 0.0
+
+    logits_1V = torch.tensor([[0.0, -torch.inf, 3.0, 1.0]])
+    assert choose_tokens(logits_1V, [Chooser(1.0, 0.5, Zero())]) == [2]

@@ -106,10 +106,34 @@ def test_micro_batches_keep_order_and_respect_the_limit_where_they_can() -> None
 
 def test_flat_batches_restart_positions_and_pair_each_label_with_the_token_before_it() -> None:
     first = TokenizedExample([5, 6, 7], [True, False, True])  # nothing precedes the very first token
-    second = TokenizedExample([8, 9], [False, True])
+    second = TokenizedExample([8, 9, 10], [False, True, False])
     batch = flatten([first, second], CPU)
-    assert batch.ids.tolist() == [5, 6, 7, 8, 9]
-    assert batch.positions.tolist() == [0, 1, 2, 0, 1]
-    assert batch.lengths == (3, 2)
-    assert batch.rows.tolist() == [1, 3]
+    assert batch.ids.tolist() == [5, 6, 8]  # a last label and what follows it predict nothing
+    assert batch.positions.tolist() == [0, 1, 0]
+    assert (batch.prefix, batch.lengths) == (0, (2, 1))
+    assert batch.rows.tolist() == [1, 2]
     assert batch.labels.tolist() == [7, 9]
+
+
+def test_a_shared_beginning_stands_in_front_once() -> None:
+    first = TokenizedExample([1, 2, 3, 4, 5], [False, False, False, True, True])
+    second = TokenizedExample([1, 2, 3, 6], [False, False, False, True])
+    batch = flatten([first, second], CPU, share_prefix=True)
+    assert (batch.prefix, batch.lengths) == (2, (2, 1))  # token 3 predicts 4 here and 6 there
+    assert batch.ids.tolist() == [1, 2, 3, 4, 3]
+    assert batch.positions.tolist() == [0, 1, 2, 3, 2]
+    assert batch.rows.tolist() == [2, 3, 4]
+    assert batch.labels.tolist() == [4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        [TokenizedExample([1, 2, 3], [False, False, True])],
+        [TokenizedExample([1, 2, 3], [False, True, True]), TokenizedExample([9, 2], [False, True])],
+        [TokenizedExample([1, 2, 3], [False, True, True])] * 2,
+    ],
+    ids=["one example", "different beginnings", "labels from the start"],
+)
+def test_without_a_shared_beginning_nothing_is_shared(batch: list[TokenizedExample]) -> None:
+    assert flatten(batch, CPU, share_prefix=True).prefix == 0

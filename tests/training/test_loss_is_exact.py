@@ -69,6 +69,14 @@ def peft_reference(tiny_dir: Path, spec: TrainSpec) -> torch.nn.Module:
     return get_peft_model(base, config)
 
 
+def with_prefix_of(first: TokenizedExample, other: TokenizedExample) -> TokenizedExample:
+    """A third example which begins like `first` far beyond the two's own beginning."""
+    at = first.is_label.index(True)
+    return TokenizedExample(
+        first.ids[: at - 1] + other.ids[-9:], first.is_label[: at - 1] + other.is_label[-9:]
+    )
+
+
 def random_factors(tuned: TunedModel) -> None:
     """LoRA's second factor starts at zero; gradients are only telling once it is not."""
     generator = torch.Generator().manual_seed(1)
@@ -79,6 +87,7 @@ def random_factors(tuned: TunedModel) -> None:
 
 @pytest.mark.parametrize("adapter", list(Adapter))
 @pytest.mark.parametrize("max_tokens", [10_000, 60], ids=["one pass", "several passes"])
+@pytest.mark.parametrize("shared", [False, True], ids=["", "shared prefix"])
 def test_loss_and_gradients_equal_a_plain_padded_peft_loop(
     tiny_dir: Path,
     warm: WarmBase,
@@ -86,7 +95,10 @@ def test_loss_and_gradients_equal_a_plain_padded_peft_loop(
     batch: list[TokenizedExample],
     adapter: Adapter,
     max_tokens: int,
+    shared: bool,
 ) -> None:
+    if shared:
+        batch = [*batch[:2], with_prefix_of(batch[0], batch[1])]
     spec = make_spec(adapter=adapter)
     with tuned_model(spec, warm) as tuned:
         tuned.max_tokens = max_tokens
@@ -149,7 +161,7 @@ def test_evaluation_leaves_nf4_weights_trainable(
         gradients = [weight.grad.clone() for weight in tuned.parameters]
         tuned.model.train(False)
         with torch.no_grad():
-            tuned.sums(flatten(batch, CPU))
+            tuned.sums(batch)
         tuned.model.train()
         for weight in tuned.parameters:
             weight.grad = None

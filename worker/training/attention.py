@@ -6,6 +6,7 @@ taken apart. FlexAttention would do the same with a block mask but has no backwa
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,30 +24,40 @@ def segmented_attention(
     attention_mask: torch.Tensor | None,  # noqa: ARG001 the interface hands it over, here always None
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention of every segment with itself; `segment_lengths` in `options` adds up to T.
+    """Causal attention of every segment with the prefix all share and with itself.
 
-    Takes (1, heads, T, D), keys and values with their own head count, and returns (1, T, heads, D) in the
-    same dtype. Equal to attention under a block-diagonal causal mask.
+    `segments` in `options` is (prefix, lengths) and adds up to T; the prefix may be 0. Takes
+    (1, heads, T, D), keys and values with their own head count, and returns (1, T, heads, D) in the same
+    dtype. Equal to attention under a causal mask in which segments do not see each other.
     """
-    lengths: tuple[int, ...] = options.pop("segment_lengths")
+    prefix, lengths = options.pop("segments")
     window: int | None = options.pop("sliding_window", None)
     # One split, not slices: the backward pass of slices fills a whole tensor of zeros for every segment.
     heads = (query_1HTD, key_1KTD, value_1KTD)
-    parts = zip(*(torch.split_with_sizes(tensor, lengths, dim=2) for tensor in heads), strict=True)
-    outputs = [
-        sdpa_attention_forward(module, query, key, value, _band(query, window), **options)[0]
-        for query, key, value in parts
-    ]
+    queries, keys, values = (torch.split_with_sizes(tensor, (prefix, *lengths), dim=2) for tensor in heads)
+    outputs = []
+    for number, query in enumerate(queries):
+        if query.shape[2] == 0:
+            continue
+        key, value = keys[number], values[number]
+        if number and prefix:
+            key, value = torch.cat((keys[0], key), dim=2), torch.cat((values[0], value), dim=2)
+        mask = _mask(query.shape[2], key.shape[2], window, query.device)
+        outputs.append(sdpa_attention_forward(module, query, key, value, mask, **options)[0])
     return torch.cat(outputs, dim=1), None
 
 
-def _band(query: torch.Tensor, window: int | None) -> torch.Tensor | None:
-    """The mask of sliding-window attention, True where a token may look; None where causality is enough."""
-    length = query.shape[2]
-    if window is None or length <= window:
+@lru_cache(maxsize=32)  # every layer asks for the same few
+def _mask(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor | None:
+    """(1, 1, queries, keys) bool, True where a token may look; None where plain causality is enough.
+
+    The queries are the last of the keys, so query i looks at keys up to keys - queries + i.
+    """
+    before = keys - queries
+    if before == 0 and (window is None or keys <= window):
         return None
-    allowed = torch.ones(length, length, dtype=torch.bool, device=query.device)
-    return allowed.tril().triu(1 - window)
+    allowed = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(before)
+    return (allowed if window is None else allowed.triu(before + 1 - window))[None, None]
 
 
 # No mask function is registered under this name, so transformers builds no mask of T x T either.

@@ -55,10 +55,14 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class FlatBatch:
-    """Examples laid end to end. T tokens, N labels; example i owns `lengths[i]` tokens in a row."""
+    """Examples laid end to end: T tokens, N labels.
+
+    First `prefix` tokens that all examples begin with, then `lengths[i]` tokens of example i's own.
+    """
 
     ids: torch.Tensor  # (T,) int64
     positions: torch.Tensor  # (T,) int64, starting at 0 in each example
+    prefix: int
     lengths: tuple[int, ...]
     rows: torch.Tensor  # (N,) int64, the tokens whose next token is trained
     labels: torch.Tensor  # (N,) int64, that next token
@@ -129,23 +133,40 @@ def label_count(batch: Sequence[TokenizedExample]) -> int:
     return sum(sum(example.is_label[1:]) for example in batch)
 
 
-def flatten(batch: Sequence[TokenizedExample], device: torch.device) -> FlatBatch:
-    """Lay examples end to end. The token before each label is the row that must predict it."""
-    ids: list[int] = []
-    positions: list[int] = []
+def flatten(
+    batch: Sequence[TokenizedExample], device: torch.device, *, share_prefix: bool = False
+) -> FlatBatch:
+    """Lay examples end to end; the token before each label is the row that must predict it.
+
+    Tokens from an example's last label on predict nothing that is trained and are left out. With
+    `share_prefix` the tokens all examples begin with stand in front once (Tree Training, 2025).
+    """
+    starts = _shared_tokens(batch) if share_prefix and len(batch) > 1 else 0
+    ids = list(batch[0].ids[:starts])
+    positions = list(range(starts))
     rows: list[int] = []
     labels: list[int] = []
+    lengths: list[int] = []
     for example in batch:
-        offset = len(ids)
         wanted = [at for at in range(1, len(example.ids)) if example.is_label[at]]
+        offset, end = len(ids) - starts, wanted[-1]
         rows += [offset + at - 1 for at in wanted]
         labels += [example.ids[at] for at in wanted]
-        positions += range(len(example.ids))
-        ids += example.ids
+        positions += range(starts, end)
+        ids += example.ids[starts:end]
+        lengths.append(end - starts)
     tensors = [
         torch.tensor(values, dtype=torch.int64, device=device) for values in (ids, positions, rows, labels)
     ]
-    return FlatBatch(tensors[0], tensors[1], tuple(len(e.ids) for e in batch), tensors[2], tensors[3])
+    return FlatBatch(tensors[0], tensors[1], starts, tuple(lengths), tensors[2], tensors[3])
+
+
+def _shared_tokens(batch: Sequence[TokenizedExample]) -> int:
+    """How many tokens all examples begin with, none of them a row: rows predict different labels."""
+    first_rows = [example.is_label.index(True, 1) - 1 for example in batch]
+    shortest, longest = min(e.ids for e in batch), max(e.ids for e in batch)  # in dictionary order
+    differ = (at for at, (a, b) in enumerate(zip(shortest, longest, strict=False)) if a != b)
+    return min(next(differ, len(shortest)), *first_rows)
 
 
 def _nothing_left(param: str, max_length: int) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from worker.chat_template import TokenizedExample
-from worker.training.data import flatten, micro_batches, sample_examples
+from worker.training.data import micro_batches, sample_examples
 from worker.training.model import TunedModel
 
 SAMPLE_EXAMPLES = 16  # a few per cent of noise at 115 tokens each, for a second of a laptop's time
@@ -47,7 +47,7 @@ def _score(tuned: TunedModel, examples: Sequence[TokenizedExample]) -> torch.Ten
     tuned.model.train(False)
     with torch.no_grad():
         for part in micro_batches(examples, tuned.max_tokens):
-            loss, correct, labels = tuned.sums(flatten(part, tuned.device))
+            loss, correct, labels = tuned.sums(part)
             totals += torch.tensor([loss.item(), correct.item(), labels], dtype=torch.float64)
     tuned.model.train()
     return totals

@@ -15,7 +15,7 @@ import torch
 from worker.base_model import pick_device
 from worker.chat_template import ChatTemplate, TokenizedExample
 from worker.training.checkpoint import write_checkpoint
-from worker.training.data import Split, epoch_batches, flatten, label_count, micro_batches, read_split
+from worker.training.data import Split, epoch_batches, label_count, micro_batches, read_split
 from worker.training.errors import TrainingError, is_out_of_memory, out_of_memory
 from worker.training.evaluate import Validator
 from worker.training.model import TunedModel, WarmBase, tuned_model
@@ -138,7 +138,7 @@ def backward(tuned: TunedModel, batch: Sequence[TokenizedExample]) -> tuple[floa
     count = label_count(batch)
     loss_sum, correct_sum = 0.0, 0
     for part in micro_batches(batch, tuned.max_tokens):
-        loss, correct, _ = tuned.sums(flatten(part, tuned.device))
+        loss, correct, _ = tuned.sums(part)
         (loss / count).backward()  # type: ignore[no-untyped-call]
         loss_sum += loss.item()
         correct_sum += int(correct.item())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -17,8 +17,9 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import save_file
 
 from worker.base_model import compute_dtype, load_base_model, load_tokenizer
+from worker.chat_template import TokenizedExample
 from worker.training.attention import SEGMENTED
-from worker.training.data import FlatBatch
+from worker.training.data import flatten
 from worker.training.errors import TrainingError
 from worker.training.loss import Sums, loss_sums
 from worker.training.words import Adapter, TrainSpec
@@ -83,13 +84,16 @@ class TunedModel:
         self.model = model
         self.device = warm.device
         self.max_tokens = _MAX_TOKENS[self.device.type]
+        # Exact only without dropout, which draws anew for each example.
+        self._share_prefix = spec.dropout == 0.0
         self.parameters = [weight for weight in model.parameters() if weight.requires_grad]
         self._peft = peft
         self._spec = spec
         self._dtype = warm.dtype
 
-    def sums(self, batch: FlatBatch) -> Sums:
+    def sums(self, examples: Sequence[TokenizedExample]) -> Sums:
         """`loss_sums` in the number type of the device, also where the weights themselves are float32."""
+        batch = flatten(examples, self.device, share_prefix=self._share_prefix)
         mixed = self._dtype is not torch.float32
         with torch.autocast(self.device.type, dtype=self._dtype, enabled=mixed):
             return loss_sums(self.model, batch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from app.api.faults import shown
 from app.api.schemas.fields import Body, Metadata, Name, check_metadata, fault, number_or_auto
@@ -130,25 +130,29 @@ class CreateJob(Body):
         )
 
 
+def _check_filter(value: object) -> object:
+    if value is None or value == "null":
+        return value
+    if not isinstance(value, dict):
+        raise fault("invalid_value", "Filter by metadata[key]=value, or by metadata=null alone.")
+    return check_metadata(value)
+
+
 class JobsQuery(PageQuery):
     """`metadata[key]=value` keeps jobs with that pair, `metadata=null` those without any."""
 
-    metadata: dict[str, str] | Literal["null"] | None = None
+    metadata: Annotated[dict[str, str] | str | None, BeforeValidator(_check_filter)] = None
 
     @model_validator(mode="before")
     @classmethod
     def _gather_metadata(cls, fields: Any) -> Any:
         if not isinstance(fields, dict):
             return fields
-        pairs = {
-            key[9:-1]: fields[key] for key in fields if key.startswith("metadata[") and key.endswith("]")
-        }
+        pairs = {key[9:-1]: fields[key] for key in fields if key.startswith("metadata[") and key[-1] == "]"}
         rest = {key: value for key, value in fields.items() if not key.startswith("metadata[")}
-        if "metadata" in rest and (pairs or rest["metadata"] != "null"):
-            raise fault("invalid_value", "Filter by metadata[key]=value, or by metadata=null alone.")
-        if pairs:
-            rest["metadata"] = check_metadata(pairs)
-        return rest
+        if not pairs:
+            return rest
+        return rest | {"metadata": "both" if "metadata" in rest else pairs}
 
 
 class CheckpointsQuery(PageQuery):

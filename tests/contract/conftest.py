@@ -1,0 +1,5 @@
+"""The same server and tenants as the other tests of the API."""
+
+from tests.api.conftest import neighbour, server_url, settings, storage, stranger, tenant, worker
+
+__all__ = ["neighbour", "server_url", "settings", "storage", "stranger", "tenant", "worker"]

@@ -1,0 +1,243 @@
+"""Claims, leases and what a past attempt may no longer do."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import text, update
+from sqlalchemy.orm import Session, sessionmaker
+
+from app.core import attempts, events, jobs
+from app.core.attempts import Attempt, AttemptLost
+from app.core.db import transaction, utc_now
+from app.core.pages import Cursor
+from app.core.status import JobStatus
+from app.core.tables import Job
+from tests.core.rows import House, make_caller
+
+NUMBERS = {"n_epochs": 1, "batch_size": 1, "learning_rate_multiplier": 1.0}
+ERROR = {"code": "x", "message": "Something was wrong", "param": None}
+
+
+def queued(house: House, **new: Any) -> Job:
+    job = house.job(**new)
+    assert attempts.finish_validation(house.session, job.id, hyperparameters=NUMBERS) is not None
+    house.session.commit()
+    return job
+
+
+def claim(session: Session, *, lease_s: float = 30.0) -> Job | None:
+    job = attempts.claim_job(session, worker="w1", lease_s=lease_s)
+    session.commit()
+    return job
+
+
+def running(house: House, *, lease_s: float = 30.0) -> tuple[Job, Attempt]:
+    queued(house)
+    job = claim(house.session, lease_s=lease_s)
+    assert job is not None
+    return job, Attempt(job.id, job.attempt)
+
+
+def words(session: Session, job: Job) -> list[str]:
+    page = events.list_events(session, job_id=job.id, cursor=Cursor(limit=50))
+    return [event.message for event in reversed(page.data)]
+
+
+def test_a_claim_starts_attempt_one_with_a_lease_by_the_databases_clock(house: House) -> None:
+    job, attempt = running(house)
+    now = house.session.scalar(text("SELECT clock_timestamp()"))
+    assert (job.status, attempt.number, job.worker) == (JobStatus.RUNNING, 1, "w1")
+    assert job.lease_expires_at is not None
+    assert timedelta(seconds=25) < job.lease_expires_at - now <= timedelta(seconds=30)
+    assert job.started_at is not None
+
+
+def test_nothing_is_claimed_while_files_are_read(house: House) -> None:
+    house.job()
+    assert claim(house.session) is None
+
+
+def test_claims_go_by_priority_then_fairness_then_age(house: House) -> None:
+    other = House(house.session, house.storage, house.sender, make_caller(house.session, "two"))
+    first, second = queued(house), queued(house)
+    theirs = queued(other)
+    urgent = queued(house, luthier={"priority": 1})
+    order = [claim(house.session) for _ in range(4)]
+    # After the urgent job, project one has a job running and project two has none.
+    assert [job.id for job in order if job] == [urgent.id, theirs.id, first.id, second.id]
+    assert claim(house.session) is None
+
+
+def test_claims_at_the_same_moment_give_each_job_once(house: House, sessions: sessionmaker[Session]) -> None:
+    expected = {queued(house).id for _ in range(6)}
+    start, lock, claimed = threading.Barrier(6), threading.Lock(), []
+
+    def worker() -> None:
+        start.wait()
+        while True:
+            with transaction(sessions) as session:
+                job = attempts.claim_job(session, worker="w", lease_s=30)
+            if job is None:
+                return
+            with lock:
+                claimed.append(job.id)
+
+    threads = [threading.Thread(target=worker) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert sorted(claimed) == sorted(expected)
+
+
+def test_a_claim_does_not_wait_for_one_not_yet_committed(
+    house: House, sessions: sessionmaker[Session]
+) -> None:
+    first, second = queued(house), queued(house)
+    with sessions() as one, sessions() as two:
+        a = attempts.claim_job(one, worker="a", lease_s=30)
+        b = attempts.claim_job(two, worker="b", lease_s=30)
+        c = attempts.claim_job(two, worker="c", lease_s=30)
+    assert a is not None
+    assert b is not None
+    assert (a.id, b.id, c) == (first.id, second.id, None)
+
+
+WRITES: dict[str, Callable[[Session, Attempt], object]] = {
+    "renew_lease": lambda s, a: attempts.renew_lease(s, a, lease_s=30),
+    "check_alive": attempts.check_alive,
+    "hold": attempts.hold,
+    "write": lambda s, a: attempts.write(s, a, {"trained_tokens": 5}),
+    "succeed": lambda s, a: attempts.succeed(s, a, values={"fine_tuned_model": "ft:x"}),
+    "fail": lambda s, a: attempts.fail(s, a, error=ERROR),
+    "hand_back": attempts.hand_back,
+    "requeue": lambda s, a: attempts.requeue(s, a, reason="It died.", max_attempts=3),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+@pytest.mark.parametrize("past", ["cancelled", "taken over", "failed", "queued again"])
+def test_no_write_of_a_past_attempt_changes_anything(
+    house: House, past: str, write: Callable[[Session, Attempt], object]
+) -> None:
+    job, attempt = running(house)
+    session = house.session
+    if past == "cancelled":
+        jobs.cancel_job(session, project_id=job.project_id, job_id=job.id)
+    elif past == "failed":
+        attempts.fail(session, attempt, error=ERROR)
+    else:
+        attempts.requeue(session, attempt, reason="It died.", max_attempts=3)
+        if past == "taken over":
+            session.commit()
+            assert claim(session) is not None
+    session.commit()
+    row = "SELECT jobs::text, (SELECT count(*) FROM job_events) FROM jobs"
+    before = session.execute(text(row)).one()
+    session.rollback()
+    with pytest.raises(AttemptLost):
+        write(session, attempt)
+    session.commit()
+    assert session.execute(text(row)).one() == before
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_the_present_attempt_may_write(house: House, write: Callable[[Session, Attempt], object]) -> None:
+    _, attempt = running(house)
+    write(house.session, attempt)
+    house.session.commit()
+
+
+def test_an_attempt_that_died_goes_back_until_it_died_too_often(house: House) -> None:
+    queued(house)
+    seen = []
+    for _ in range(3):
+        job = claim(house.session)
+        assert job is not None
+        status = attempts.requeue(
+            house.session, Attempt(job.id, job.attempt), reason="It was shot.", max_attempts=3
+        )
+        house.session.commit()
+        seen.append((job.attempt, status))
+    assert seen == [(1, JobStatus.QUEUED), (2, JobStatus.QUEUED), (3, JobStatus.FAILED)]
+    fresh = jobs.get_job(house.session, project_id=house.caller.project_id, job_id=job.id)
+    assert fresh.error == {
+        "code": "worker_lost",
+        "message": "The job failed after 3 attempts. It was shot.",
+        "param": None,
+    }
+    assert fresh.finished_at is not None
+    assert fresh.lease_expires_at is None
+    assert words(house.session, job)[-3:] == [
+        "It was shot. The job is queued again (attempt 1 of 3)",
+        "It was shot. The job is queued again (attempt 2 of 3)",
+        "The job failed after 3 attempts. It was shot.",
+    ]
+
+
+def test_handing_back_costs_no_try_and_keeps_the_place(house: House) -> None:
+    job, attempt = running(house)
+    later = queued(house)
+    for _ in range(5):
+        attempts.hand_back(house.session, attempt)
+        house.session.commit()
+        assert (job.status, job.deaths, job.worker, job.lease_expires_at) == (JobStatus.QUEUED, 0, None, None)
+        again = claim(house.session)
+        assert again is not None
+        assert again.id == job.id != later.id
+        attempt = Attempt(again.id, again.attempt)
+
+
+def test_only_leases_that_ran_out_are_dead(house: House) -> None:
+    job, attempt = running(house, lease_s=30)
+    assert attempts.find_dead(house.session) == []
+    house.session.execute(update(Job).values(lease_expires_at=utc_now() - timedelta(seconds=1)))
+    assert attempts.find_dead(house.session) == [(attempt, "w1")]
+    attempts.renew_lease(house.session, attempt, lease_s=30)
+    assert attempts.find_dead(house.session) == []
+
+
+def test_started_at_stays_that_of_the_first_attempt(house: House) -> None:
+    job, attempt = running(house)
+    started = job.started_at
+    attempts.hand_back(house.session, attempt)
+    house.session.commit()
+    again = claim(house.session)
+    assert again is not None
+    assert again.started_at == started
+
+
+def test_validation_ends_once_whoever_says_it_second(house: House) -> None:
+    job = house.job()
+    assert attempts.finish_validation(house.session, job.id, hyperparameters=NUMBERS) is not None
+    assert attempts.finish_validation(house.session, job.id, hyperparameters=NUMBERS) is None
+    assert attempts.fail_validation(house.session, job.id, error=ERROR) is None
+    house.session.commit()
+    assert words(house.session, job)[-1] == "Files validated, moving job to queued state"
+    assert words(house.session, job).count("Files validated, moving job to queued state") == 1
+
+
+def test_a_cancelled_job_is_not_queued_by_its_validation(house: House) -> None:
+    job = house.job()
+    jobs.cancel_job(house.session, project_id=job.project_id, job_id=job.id)
+    house.session.commit()
+    assert attempts.finish_validation(house.session, job.id, hyperparameters=NUMBERS) is None
+    assert attempts.fail_validation(house.session, job.id, error=ERROR) is None
+    assert job.status is JobStatus.CANCELLED
+
+
+def test_a_reason_with_nul_and_half_characters_is_kept(house: House) -> None:
+    job = house.job()
+    message = "key 'a\0b\ud800' is wrong"
+    attempts.fail_validation(house.session, job.id, error={"code": "c", "message": message, "param": None})
+    house.session.commit()
+    house.session.expire_all()
+    fresh = jobs.get_job(house.session, project_id=job.project_id, job_id=job.id)
+    assert fresh.error is not None
+    assert fresh.error["message"] == "key 'a\ufffdb?' is wrong"
+    assert words(house.session, job)[-1] == "key 'ab' is wrong"

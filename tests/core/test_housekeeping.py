@@ -1,0 +1,139 @@
+"""Rounds of housekeeping on the real database and broker."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import redis
+from sqlalchemy import update
+from sqlalchemy.orm import Session, sessionmaker
+
+from app.core import attempts, housekeeping
+from app.core.attempts import Attempt
+from app.core.db import utc_now
+from app.core.housekeeping import Swept, sweep
+from app.core.settings import Settings
+from app.core.status import JobStatus
+from app.core.tables import File, Job
+from tests.core.rows import House, make_sender
+
+SETTINGS = Settings(max_attempts=3)
+AGO = timedelta(seconds=60)
+
+
+def clean(house: House) -> Swept | None:
+    swept = sweep(house.session, house.storage, house.sender, SETTINGS)
+    house.session.commit()
+    return swept
+
+
+def age(house: House, **values: Any) -> None:
+    house.session.execute(update(Job).values(**values))
+    house.session.commit()
+
+
+def hinted(client: redis.Redis, queue: str) -> list[str]:
+    messages = [json.loads(raw) for raw in client.lrange(queue, 0, -1)]  # type: ignore[union-attr]
+    return [message["headers"]["argsrepr"] and message["headers"]["task"] for message in messages]
+
+
+def queue_up(house: House) -> Job:
+    job = house.job()
+    numbers = {"n_epochs": 1, "batch_size": 1, "learning_rate_multiplier": 1.0}
+    attempts.finish_validation(house.session, job.id, hyperparameters=numbers)
+    house.session.commit()
+    return job
+
+
+def claim(house: House) -> Job:
+    job = attempts.claim_job(house.session, worker="w1", lease_s=30)
+    house.session.commit()
+    assert job is not None
+    return job
+
+
+def test_a_lost_hint_is_sent_again_once_it_is_old(house: House, client: redis.Redis) -> None:
+    house.job()
+    queue_up(house)
+    client.flushall()
+    assert clean(house) == Swept()
+    age(house, hinted_at=utc_now() - AGO)
+    assert clean(house) == Swept(hinted=2)
+    assert hinted(client, "control") == ["luthier.validate_job"]
+    assert hinted(client, "training") == ["luthier.run_job"]
+    assert clean(house) == Swept()
+
+
+def test_hints_do_not_pile_up_while_all_workers_are_busy(
+    house: House, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(housekeeping, "MAX_BACKLOG", 3)
+    for _ in range(5):
+        queue_up(house)
+    client.flushall()
+    for _ in range(4):
+        age(house, hinted_at=utc_now() - AGO)
+        clean(house)
+    assert client.llen("training") == 3
+
+
+def test_a_broker_that_is_away_keeps_nothing_else_from_being_done(house: House) -> None:
+    away = dataclasses.replace(house, sender=make_sender("redis://127.0.0.1:1/0"))
+    queue_up(house)
+    claim(house)
+    age(house, lease_expires_at=utc_now() - AGO)
+    assert clean(away) == Swept(requeued=1)
+    age(house, hinted_at=None)
+    assert clean(house) == Swept(hinted=1)
+
+
+def test_a_dead_attempt_is_queued_again_its_folder_removed_and_a_worker_told(
+    house: House, client: redis.Redis
+) -> None:
+    queue_up(house)
+    job = claim(house)
+    folder = house.storage.path(Attempt(job.id, 1).folder_key)
+    folder.mkdir()
+    (folder / "half").write_bytes(b"x")
+    client.flushall()
+    assert clean(house) == Swept()
+    age(house, lease_expires_at=utc_now() - AGO)
+    assert clean(house) == Swept(hinted=1, requeued=1)
+    house.session.refresh(job)
+    assert (job.status, job.deaths, job.worker) == (JobStatus.QUEUED, 1, None)
+    assert client.llen("training") == 1
+    assert not folder.exists()
+    assert claim(house).attempt == 2
+
+
+def test_a_job_that_kills_its_workers_fails_in_the_end(house: House) -> None:
+    queue_up(house)
+    for _ in range(3):
+        job = claim(house)
+        age(house, lease_expires_at=utc_now() - AGO)
+        clean(house)
+    house.session.refresh(job)
+    assert job.status is JobStatus.FAILED
+    assert job.error is not None
+    assert job.error["code"] == "worker_lost"
+    assert "The worker w1 that ran attempt 3 is gone" in job.error["message"]
+
+
+def test_expired_files_go_with_their_bytes(house: House) -> None:
+    file = house.file(expires_after_s=3600)
+    house.session.execute(update(File).values(expires_at=utc_now() - AGO))
+    house.session.commit()
+    assert clean(house) == Swept(expired=1, purged=1)
+    assert not house.storage.path(file.storage_key).exists()
+
+
+def test_one_process_at_a_time_keeps_house(house: House, sessions: sessionmaker[Session]) -> None:
+    with sessions() as other:
+        assert sweep(other, house.storage, house.sender, SETTINGS) is not None
+        assert clean(house) is None
+        other.rollback()
+    assert clean(house) == Swept()
