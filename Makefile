@@ -31,7 +31,7 @@ fmt: $(VENV)/dev.stamp ## format and mend what can be mended
 	$(RUN) ruff check --fix .
 
 test: $(VENV)/dev.stamp ## all tests; ARGS='-k word' for some
-	$(RUN) pytest -n 2 --dist loadfile $(ARGS)
+	$(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bare: | $(VENV)/bin/python ## prove each of the extras api and worker in an environment that holds nothing else
 	@sh tests/structure/bare.sh $(VENV)/bin/python $(EXTRAS)

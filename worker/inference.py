@@ -150,12 +150,13 @@ class Inference:
                 if entry is None or folder is None:
                     raise FileNotFoundError(f"weights of {name}")
                 settings = self._context.settings
+                dtype = _DTYPES[settings.inference_dtype]
                 limits = EngineLimits(
                     max_batch=settings.max_batch,
                     max_tokens_in_flight=settings.max_tokens_in_flight,
                     max_adapters=settings.max_adapters,
                 )
-                engine = Engine(folder, chat_template=entry.chat_template, limits=limits)
+                engine = Engine(folder, chat_template=entry.chat_template, limits=limits, dtype=dtype)
                 engine.start()
                 self._engines[name] = engine
                 log.info("engine of %s started", name)

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import IO
 
 from pydantic import ValidationError
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 _PRIVATE = re.compile(
     r"^(LUTHIER|PG|AWS)_?|(^|_)(PASSWORD|PASSWD|SECRET|TOKEN|KEY|CREDENTIALS?)(_|$)|^(DATABASE|REDIS|BROKER)_URL$"
 )
+_SOURCE_ROOT = Path(__file__).parents[1]
 _GONE_S = 2.0  # how long a killed group may take to leave the process table
 _LONGEST_WORD = 2**20  # bytes of one line; the protocol's words are far smaller
 
@@ -60,6 +62,9 @@ class Trainer:
             self._words = queue.Queue()
             self._ready = threading.Event()
             environment = {k: v for k, v in os.environ.items() if not _PRIVATE.search(k)}
+            # The child keeps its folder out of its path (-P) and must find this very code all the same.
+            paths = [str(_SOURCE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+            environment["PYTHONPATH"] = os.pathsep.join(paths)
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "worker.training"],
                 stdin=subprocess.PIPE,
@@ -73,12 +78,14 @@ class Trainer:
 
     def wait_ready(self, *, timeout_s: float) -> bool:
         """Whether the child has come up within the time; raises TrainerDiedError when it ended instead."""
-        if self._ready.wait(timeout_s):
-            return True
-        process = self._process
-        if process is None or process.poll() is not None:
-            raise TrainerDiedError(self._how_it_ended())
-        return False
+        deadline = time.monotonic() + timeout_s
+        while not self._ready.wait(min(0.2, timeout_s)):
+            process = self._process
+            if process is None or process.poll() is not None:
+                raise TrainerDiedError(self._how_it_ended())
+            if time.monotonic() > deadline:
+                return False
+        return True
 
     def send(self, spec: TrainSpec) -> None:
         """Give the child a job."""

@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from typing import Any
 
 import redis.asyncio
 from redis.exceptions import RedisError
@@ -138,9 +139,11 @@ class ReplyReader:
                 pause_s = min(2 * pause_s, RETRY_MOST_S)
 
     async def _read(self) -> None:
-        answer = await self._client.xread({self.stream: self._last}, count=READ_COUNT, block=BLOCK_MS)
-        for _, entries in answer.items() if isinstance(answer, dict) else answer:
-            for entry_id, fields in _flat(entries):
+        streams = {self.stream: self._last}
+        # The client's own type tells nothing of an entry: its shape depends on the protocol's version.
+        answer: Any = await self._client.xread(streams, count=READ_COUNT, block=BLOCK_MS)  # type: ignore[arg-type]
+        for _, entries in answer or ():
+            for entry_id, fields in entries:
                 self._last = entry_id
                 self._untrimmed += 1
                 self._hand_over(fields)
@@ -162,7 +165,7 @@ class ReplyReader:
         failed = Failed(
             status=503,
             code="service_unavailable",
-            message="The connection to the model was lost in the middle of the answer. Try again.",
+            message="The connection to the model was lost before the answer was whole. Try again.",
         )
         self._last = b"0-0"  # a broker that starts empty may have another clock
         for reply in self._waiting.values():
@@ -173,7 +176,3 @@ def _raise_failed(words: list[Word]) -> None:
     for word in words:
         if isinstance(word, Failed):
             raise AnswerFailed(word)
-
-
-def _flat(entries: list) -> list[tuple[bytes, dict[bytes, bytes]]]:  # type: ignore[type-arg]
-    return entries

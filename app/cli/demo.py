@@ -5,7 +5,6 @@ It is an ordinary client: all it knows of the service is the base URL and the ke
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -21,12 +20,12 @@ from rich.table import Table
 
 from app.cli.demo_score import Row, Score, read_rows, score
 from app.cli.errors import CommandError
-from app.cli.process_commands import SOURCE_ROOT, child_environment, luthier
+from app.cli.process_commands import SOURCE_ROOT, child_environment, leashed, luthier
 from app.core.base_models import DEFAULT_BASE_MODEL
 
 EXAMPLE = SOURCE_ROOT / "examples" / "shop"
 ANSWER_TOKENS = 90  # the longest right answer has 53
-AT_ONCE = 8  # questions asked together; the engine answers them in one batch
+AT_ONCE = 16  # questions asked together; the engine answers them in one batch
 SHOWN = 3  # answers shown side by side
 STOP_S = 20
 POLL_S = 0.5
@@ -62,23 +61,20 @@ def demo(data_dir: Path) -> None:
 @contextmanager
 def running_service(data_dir: Path, console: Console) -> Iterator[tuple[str, str]]:
     """`luthier up` on a free port, as a process of its own; yields its base URL and key."""
+    argv = luthier("up", "--port", "0", "--data-dir", str(data_dir))
     process = subprocess.Popen(
-        luthier("up", "--port", "0", "--data-dir", str(data_dir)),
+        leashed(argv, options=("--grace", str(STOP_S))),  # ends with us, however we end
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         env=child_environment({}),
-        start_new_session=True,  # Ctrl-C is for us; we stop it in order
     )
+    assert process.stdin is not None
     try:
         yield _read_address(process, console)
     finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(timeout=STOP_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        process.stdin.close()
+        process.wait()
 
 
 def train(client: openai.OpenAI, console: Console) -> FineTuningJob:

@@ -20,6 +20,8 @@ from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
 PR_SET_KEEPCAPS = 8
+PR_SET_SECUREBITS = 28
+SECBIT_NO_SETUID_FIXUP = 4
 PR_SET_CHILD_SUBREAPER = 36
 PR_CAP_AMBIENT = 47
 PR_CAP_AMBIENT_RAISE = 2
@@ -55,6 +57,7 @@ def become(user: str, *, traverse: bool) -> None:
     account = pwd.getpwnam(user)
     if traverse and LINUX:
         prctl(PR_SET_KEEPCAPS, 1)
+        prctl(PR_SET_SECUREBITS, SECBIT_NO_SETUID_FIXUP)  # else access(2) forgets the right for other users
     os.setgroups([])
     os.setgid(account.pw_gid)
     os.setuid(account.pw_uid)

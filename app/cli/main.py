@@ -41,7 +41,9 @@ def up(
         int | None, typer.Option(min=0, max=65535, help="Port; 0 takes any. [default: 8000]")
     ] = None,
     data_dir: DataDir = None,
-    api_key: Annotated[str | None, typer.Option(help="Use this key instead of a new one.")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="LUTHIER_API_KEY", help="Use this key instead of a new one.")
+    ] = None,
 ) -> None:
     """Run everything on this machine: database, broker, API and workers."""
     from app.cli.running import load_settings

@@ -10,6 +10,7 @@ import os
 import pwd
 import shutil
 import signal
+import stat
 import subprocess
 import time
 from contextlib import suppress
@@ -61,6 +62,15 @@ def find_user(cluster: Path) -> str | None:
     )
 
 
+def account_options(cluster: Path, user: str | None) -> tuple[str, ...]:
+    """How the leash becomes `user`, with the right to enter closed folders only where there are any."""
+    if user is None:
+        return ()
+    folders = {*cluster.parents, *Path(find_program("postgres")).parents}
+    closed = [folder for folder in folders if not folder.stat().st_mode & stat.S_IXOTH]
+    return ("--user", user, *(["--traverse"] if closed else []))
+
+
 def give_to(path: Path, user: str | None) -> None:
     """Hand a file or folder to the user that PostgreSQL runs as."""
     if user is not None:
@@ -85,7 +95,7 @@ def run_initdb(cluster: Path, password: str, *, user: str | None, sync: bool) ->
         argv += ["--locale-provider=builtin", "--builtin-locale=C.UTF-8", "--locale=C"]
         argv += [] if sync else ["--no-sync"]
         leash = subprocess.Popen(
-            leashed(argv, user=user),
+            leashed(argv, options=account_options(cluster, user)),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -156,7 +166,7 @@ def prepare_postgres(folder: Path, password: str, *, durable: bool = True) -> Se
     # INT: end the sessions, write all, leave. QUIT: leave at once, recover at the next start.
     stops = ("--signal", "INT", "--death-signal", "QUIT", "--grace", str(POSTGRES_GRACE_S))
     url = f"postgresql+psycopg://postgres:{password}@{HOST}:{port}/{DATABASE}"
-    return ServerCommand(leashed(argv, user=user, options=stops), url)
+    return ServerCommand(leashed(argv, options=stops + account_options(cluster, user)), url)
 
 
 def own_cluster(cluster: Path) -> None:

@@ -16,10 +16,9 @@ API_GRACE_S = 6.0  # open streams get 5 s
 WORKER_GRACE_S = 6.0  # a trainer gets 5 s to stop
 
 
-def leashed(argv: list[str], *, user: str | None = None, options: tuple[str, ...] = ()) -> list[str]:
+def leashed(argv: list[str], *, options: tuple[str, ...] = ()) -> list[str]:
     """The command line that runs `argv` on a leash: it ends when its standard input closes."""
-    account = ["--user", user, "--traverse"] if user else []
-    return [sys.executable, "-I", "-S", str(LEASH), *options, *account, "--", *argv]
+    return [sys.executable, "-I", "-S", str(LEASH), *options, "--", *argv]
 
 
 def luthier(*words: str) -> list[str]:

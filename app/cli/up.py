@@ -14,6 +14,7 @@ import typer
 from app.cli import startup
 from app.cli.addresses import claim_port, local_url
 from app.cli.data_dir import locked, prepare_data_dir
+from app.cli.process_commands import SOURCE_ROOT
 from app.cli.running import forget_urls, write_urls
 from app.cli.supervisor import Supervisor
 from app.core.base_models import DEFAULT_BASE_MODEL
@@ -22,6 +23,7 @@ from app.core.settings import Settings
 
 log = logging.getLogger(__name__)
 
+EXAMPLE = SOURCE_ROOT / "examples" / "shop" / "train.jsonl"
 _SERVICE = ("api", "control", "training", "inference")
 _SERVERS = ("valkey", "postgres")
 _STOPPING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -95,7 +97,7 @@ def describe(settings: Settings, secret: str) -> str:
             "Try:",
             f"  curl {base}/models {authorization}",
             f"  curl {base}/chat/completions {authorization} {json_type} -d '{message}'",
-            f"  curl {base}/files {authorization} -F purpose=fine-tune -F file=@examples/shop/train.jsonl",
+            f"  curl {base}/files {authorization} -F purpose=fine-tune -F 'file=@{EXAMPLE}'",
             "Ctrl-C stops everything.",
         )
     )

@@ -48,7 +48,11 @@ def create_file(
     )
     storage.publish(pending, row.storage_key)
     session.add(row)
-    session.flush()
+    try:
+        session.flush()
+    except BaseException:
+        storage.delete(row.storage_key)  # not after a failed commit: that one may have happened
+        raise
     return row
 
 

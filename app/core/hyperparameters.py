@@ -51,9 +51,9 @@ def auto_n_epochs(n_examples: int) -> int:
 
 
 def auto_batch_size(n_examples: int) -> int:
-    """About 2 % of the data, a power of two between 1 and 32."""
+    """The largest power of two up to 16 that leaves at least 16 steps an epoch."""
     size = 1
-    while size < 32 and size * 2 <= n_examples / 32:
+    while size < 16 and size * 2 <= n_examples / 16:
         size *= 2
     return size
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -55,6 +56,7 @@ class Settings(BaseSettings):
     max_tokens_in_flight: int = Field(default=16_384, ge=256)  # tokens of all running sequences of a model
     max_adapters: int = Field(default=16, ge=1)  # adapters one engine keeps in memory
     max_requests_in_flight: int = Field(default=64, ge=1)  # chat requests one inference worker holds
+    inference_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: what the device computes best
     inference_models: str = ""  # comma-separated base models a worker serves; empty: all of the catalogue
 
     # Names

@@ -95,8 +95,15 @@ def neighbour(sessions: sessionmaker[Session], storage: Storage, server_url: str
         yield tenant
 
 
-@pytest.fixture
-def worker(redis_url: str) -> Iterator[InferenceWorker]:
-    """A stand-in inference worker."""
+@pytest.fixture(scope="module")  # two of them would share one queue
+def stand_in(redis_url: str) -> Iterator[InferenceWorker]:
+    """A stand-in inference worker, not yet present."""
     with inference_worker(redis_url) as worker:
         yield worker
+
+
+@pytest.fixture
+def worker(stand_in: InferenceWorker) -> Iterator[InferenceWorker]:
+    """A stand-in inference worker that the server knows of."""
+    with stand_in.present():
+        yield stand_in

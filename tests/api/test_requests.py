@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -287,3 +289,28 @@ def test_an_unexpected_failure_says_nothing_of_the_inside(
     assert_refused(answer, 500, code=None)
     assert str(settings.storage_dir) not in answer.text
     assert "IsADirectory" not in answer.text
+
+
+@pytest.mark.parametrize(
+    "request_", [b"no HTTP at all\r\n\r\n", b"GET / HTTP/1.1\r\nX: " + b"x" * 70_000 + b"\r\n\r\n"]
+)
+def test_what_is_no_http_gets_the_envelope_too(server_url: str, request_: bytes) -> None:
+    head, _, body = send_raw(server_url, request_).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert b"x-request-id: req_" in head
+    assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
+
+
+def test_the_log_names_the_request_and_neither_key_nor_words(
+    tenant: Tenant, sessions: sessionmaker[Session], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    body = {"model": "canary-model", "messages": [{"role": "user", "content": "canary-words"}]}
+    tenant.http.post("/v1/chat/completions?canary-query=1", json=body)
+    tenant.http.get("/v1/files/a%0Ab")
+    time.sleep(0.1)  # the line is written after the answer
+    own = [record for record in caplog.records if record.name.startswith("app.")]
+    lines = [record.getMessage() for record in own]
+    assert any(line.startswith("POST /v1/chat/completions 404 in ") for line in lines)
+    assert any("/v1/files/a?b 404" in line for line in lines)
+    assert not any("canary" in line or tenant.secret in line for line in lines)

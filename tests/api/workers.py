@@ -48,6 +48,18 @@ class InferenceWorker:
         self._url = redis_url
         self._stop = threading.Event()
 
+    @contextmanager
+    def present(self) -> Iterator[InferenceWorker]:
+        """Say that the worker is there, with nothing seen yet, for as long as the block lasts."""
+        self.script = says("Hello", " world")
+        self.requests, self.cancels = [], []
+        about = {"base_models": [DEFAULT_BASE_MODEL]}
+        announce(self.client, kind="inference", worker="stand-in", about=about, ttl_s=60)
+        try:
+            yield self
+        finally:
+            withdraw(self.client, kind="inference", worker="stand-in")
+
     def answer(self, request: CompletionRequest, words: Sequence[Word]) -> None:
         """Publish some words now."""
         self.writer.publish(request.reply_to, request.id, words)
@@ -83,17 +95,14 @@ class InferenceWorker:
 
 @contextmanager
 def inference_worker(redis_url: str) -> Iterator[InferenceWorker]:
-    """A worker that is present while the block lasts."""
+    """A worker that takes messages while the block lasts; it is present only inside `present`."""
     worker = InferenceWorker(redis_url)
     threads = [threading.Thread(target=loop, daemon=True) for loop in (worker.run, worker.listen)]
     for thread in threads:
         thread.start()
-    about = {"base_models": [DEFAULT_BASE_MODEL]}
-    announce(worker.client, kind="inference", worker="stand-in", about=about, ttl_s=60)
     try:
         yield worker
     finally:
-        withdraw(worker.client, kind="inference", worker="stand-in")
         worker.stop()
         for thread in threads:
             thread.join(timeout=10)

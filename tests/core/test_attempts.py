@@ -194,7 +194,7 @@ def test_handing_back_costs_no_try_and_keeps_the_place(house: House) -> None:
 
 
 def test_only_leases_that_ran_out_are_dead(house: House) -> None:
-    job, attempt = running(house, lease_s=30)
+    _, attempt = running(house, lease_s=30)
     assert attempts.find_dead(house.session) == []
     house.session.execute(update(Job).values(lease_expires_at=utc_now() - timedelta(seconds=1)))
     assert attempts.find_dead(house.session) == [(attempt, "w1")]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -125,8 +124,7 @@ def test_a_writer_killed_at_any_moment_leaves_no_file_under_its_key(storage: Sto
 
 
 def test_open_files_are_closed_by_either_end(storage: Storage) -> None:
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    before = len(os.listdir("/dev/fd"))
+    before = len(list(Path("/dev/fd").iterdir()))
     for number in range(20):
         pending = storage.begin()
         pending.write(b"x")
@@ -134,4 +132,4 @@ def test_open_files_are_closed_by_either_end(storage: Storage) -> None:
             storage.publish(pending, f"files/f{number}")
         else:
             pending.discard()
-    assert len(os.listdir("/dev/fd")) == before < limit
+    assert len(list(Path("/dev/fd").iterdir())) == before

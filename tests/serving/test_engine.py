@@ -99,6 +99,18 @@ def test_choices_are_what_each_would_be_alone(make_engine, make_request, ask):
     assert len(set(texts)) == 7
 
 
+def test_choices_sent_back_for_lack_of_memory_go_on_where_they_were(make_engine, make_request, ask, adapters):
+    # With an adapter, as the bare random model hardly cares what stands before a token.
+    sampling = {"temperature": 1.0, "seed": 5, "max_tokens": 150, "n": 6, "tuned": adapters[2]}
+    tight = make_engine(max_batch=6, max_tokens_in_flight=1)  # raised to one context, 512 tokens
+    ample = make_engine(max_batch=6)
+    listeners = [ask(engine, make_request(**sampling)).wait() for engine in (tight, ample)]
+    assert tight.stats().preemptions > 0
+    assert [listeners[0].text(index) for index in range(3)] == [
+        listeners[1].text(index) for index in range(3)
+    ]
+
+
 def test_a_prompt_longer_than_the_context_is_refused_with_numbers_and_a_cure(
     make_engine, make_request, ask, tiny_dir
 ):

@@ -134,5 +134,6 @@ def test_a_broken_neighbour_changes_nothing_for_the_others(tiny_dir, make_reques
         group.prefill(group.admit())
         while group.rows:
             group.decode()
+            assert not any(completion.broken for completion in (opened[0], opened[2]))
     ids = [c.sequences[0].ids[len(c.prompt_ids) :] for c in (opened[0], opened[2])]
     assert ids == [reference(first), reference(second)]

@@ -37,6 +37,16 @@ def break_next_step(engine, times: int = 1):
     engine._loop.models.base.model.model.norm.register_forward_pre_hook(fail)
 
 
+def break_decoding(engine) -> None:
+    """Every step after a prompt fails, as on a device that has gone."""
+
+    def fail(_module, args) -> None:
+        if args[0].shape[1] == 1:
+            raise RuntimeError("device-side assert")
+
+    engine._loop.models.base.model.model.norm.register_forward_pre_hook(fail)
+
+
 DAMAGES = {
     "no folder": lambda tuned: shutil.rmtree(tuned.path),
     "no weights": lambda tuned: (Path(tuned.path) / WEIGHTS).unlink(),
@@ -124,12 +134,9 @@ def test_a_failing_step_ends_the_running_requests_and_the_engine_goes_on(make_en
 
 def test_an_engine_that_keeps_failing_is_dead_and_says_so(make_engine, make_request, ask):
     engine = make_engine()
-    engine._loop._failed_steps = 2  # two steps have failed before
-    running = ask(engine, make_request())
-    assert running.first.wait(10)
-    engine._loop._failed_steps = 2
-    break_next_step(engine, times=5)
-    assert running.wait().failed.code == "engine_error"
+    break_decoding(engine)
+    for _ in range(3):
+        assert ask(engine, make_request()).wait().failed.code == "engine_error"
     engine._thread.join(10)
     assert not engine.alive
     assert not engine.stats().alive

@@ -17,6 +17,7 @@ from tests.structure.sources import ROOT, imported, python_files
 OWN = {"app", "worker", "migrations"}
 # Imported by name, and always there because a declared distribution is made of them.
 COMES_WITH = {
+    "h11": "uvicorn",
     "starlette": "fastapi",
     "anyio": "fastapi",
     "pydantic_core": "pydantic",
@@ -102,3 +103,20 @@ def test_every_declared_dependency_is_pinned_within_its_range() -> None:
             wrong.append(f"{requirement} but {version}")
     assert wrong == []
     assert str(pinned["torch"]) == "2.13.0"
+
+
+def test_what_tests_import_is_in_the_extra_dev_or_with_the_package() -> None:
+    extras = set(PROJECT["optional-dependencies"])
+    comes_with = {
+        **COMES_WITH,
+        "yaml": "pyyaml",
+        "grimp": "import_linter",
+        "importlinter": "import_linter",
+        "packaging": "pytest",
+    }
+    missing = {
+        name: str(path.relative_to(ROOT))
+        for name, path in foreign("tests").items()
+        if name != "tests" and comes_with.get(name, name) not in declared(extras)
+    }
+    assert missing == {}

@@ -239,3 +239,16 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_towards_nothing() -> None
     assert rates[5:] == sorted(rates[5:], reverse=True)
     assert 0 < rates[-1] < 0.02
     assert learning_rate_at(1, 1, 1.0) == 1.0
+
+
+@pytest.mark.parametrize("adapter", list(Adapter))
+def test_training_in_bfloat16_follows_training_in_float32_and_saves_float32(
+    make_spec: MakeSpec, warm: WarmBase, tmp_path: Path, adapter: Adapter
+) -> None:
+    exact = steps(list(train(make_spec(adapter=adapter), warm)))
+    spec = make_spec(adapter=adapter, output_dir=str(tmp_path / "rounded"))
+    words = list(train(spec, WarmBase(CPU, torch.bfloat16)))
+    for one, other in zip(steps(words), exact, strict=True):
+        assert one.metrics.train_loss == pytest.approx(other.metrics.train_loss, rel=0.05)
+    (weights,) = Path(checkpoints(words)[-1].dir).glob("*.safetensors")
+    assert {tensor.dtype for tensor in load_file(weights).values()} == {torch.float32}

@@ -15,7 +15,10 @@ VERSION = "1.2.3"
 INSIDE = "tiny_weights/tiny.Q4_1.gguf"
 HIDDEN, FEED_FORWARD, HEADS, KV_HEADS = 64, 128, 4, 2
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-TEMPLATE = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+TEMPLATE = (
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+)
 MERGES = [("Ġ", "h"), ("h", "e")]
 
 

@@ -21,6 +21,7 @@ from app.core.tables import Checkpoint, File, Job, JobEvent, TunedModel
 from app.core.vocabulary import EventType, Purpose
 from worker import control
 from worker.context import Context
+from worker.trainer import Trainer
 
 
 def examples(count: int) -> bytes:
@@ -115,3 +116,17 @@ class Desk:
     def with_settings(self, **changes: Any) -> Desk:
         settings = self.context.settings.model_copy(update=changes)
         return dataclasses.replace(self, context=dataclasses.replace(self.context, settings=settings))
+
+
+def child_of(trainer: Trainer) -> int:
+    assert trainer._process is not None
+    return trainer._process.pid
+
+
+def warm(trainer: Trainer) -> None:
+    trainer.start()
+    assert trainer.wait_ready(timeout_s=120)
+
+
+def running(desk: Desk, job_id: str, *, steps: int = 2) -> Callable[[], bool]:
+    return lambda: len(desk.steps(job_id)) >= steps

@@ -112,7 +112,6 @@ def test_a_killed_child_is_told_by_its_signal_and_another_can_start(
     os.kill(trainer._process.pid, number)
     try:
         with pytest.raises(TrainerDiedError, match=f"killed by {number.name}"):
-            trainer.wait_ready(timeout_s=20)
             trainer.next_word(timeout_s=20)
         assert not trainer.is_ready
         with pytest.raises(TrainerDiedError):

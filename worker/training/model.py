@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ADAPTER_CONFIG = "adapter_config.json"
-# Tokens per forward pass. Activations of a 135M model take about 2 MB a token in float32; from 1,000 tokens
-# on, a CPU's products are as fast as they get.
-_MAX_TOKENS = {"cpu": 1024, "cuda": 16_384}
+# Tokens per forward pass. On CPUs one example of the default max_length: it must fit anyway (about 2 MB a
+# token for a 135M model in float32), and from 1,000 tokens on products are as fast as they get.
+_MAX_TOKENS = {"cpu": 2048, "cuda": 16_384}
 
 
 class WarmBase:

@@ -6,7 +6,9 @@ a CPU worker maps the file straight into memory, shared by every process that se
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import struct
 from contextlib import redirect_stderr
 from io import StringIO
@@ -20,6 +22,7 @@ _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 def convert_gguf(gguf: Path, target: Path, *, context_length: int) -> None:
     """Write the model of `gguf` into the empty folder `target`."""
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
@@ -34,7 +37,12 @@ def convert_gguf(gguf: Path, target: Path, *, context_length: int) -> None:
     model.generation_config.save_pretrained(target)
     tied = "lm_head.weight" if config.tie_word_embeddings else None
     weights = {name: value.contiguous() for name, value in model.state_dict().items() if name != tied}
-    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    try:
+        save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    except SafetensorError as error:  # it hides the system's error in a text
+        if "No space left" in str(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        raise
     _drop_local_name(target / "config.json")
 
 

@@ -5,6 +5,7 @@ Only safetensors, configuration and tokenizer are fetched: no pickles, no code.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -23,7 +24,6 @@ _CHUNK_BYTES = 2**20
 def fetch_from_hub(entry: BaseModelEntry, folder: Path, on_progress: OnProgress) -> None:
     """Download the wanted files of the entry's commit into `folder`, each held against the hub's digest."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), library_name="luthier")
     try:
@@ -34,7 +34,11 @@ def fetch_from_hub(entry: BaseModelEntry, folder: Path, on_progress: OnProgress)
         with reporting_size(folder, on_progress, total):
             for file in files:
                 api.hf_hub_download(entry.location, file.rfilename, revision=entry.revision, local_dir=folder)
-    except (HfHubHTTPError, OSError) as error:
+    except WeightsError:
+        raise
+    except Exception as error:  # classes of its HTTP client, which differ between releases
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            raise
         raise WeightsError(_explain(entry, error)) from error
     shutil.rmtree(folder / ".cache", ignore_errors=True)
     _check_digests(entry, folder, files, on_progress)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from functools import partial
-from typing import Annotated, Any
+from typing import Annotated
 
 from anyio import to_thread
 from fastapi import APIRouter, Depends, Request
@@ -35,9 +34,8 @@ async def create_chat_completion(
     body: Body, request: Request, caller: CallerDep, context: ContextDep
 ) -> Response:
     """Answer a conversation, whole or as a stream."""
-    sampling = check(body, context.settings)
-    model = await to_thread.run_sync(_resolve, context, caller.project_id, body.model)
-    _check_work(sampling, context, model)
+    # In a thread: a long conversation takes milliseconds to check, and the session must not block.
+    sampling, model = await to_thread.run_sync(_prepare, context, caller.project_id, body)
     await context.engines.require(model.base_model)
     ask = _completion_request(body, model, sampling, context=context, project_id=caller.project_id)
     frame = Frame(ask.id, int(time.time()), model.id, sampling.n, _wants_usage(body))
@@ -111,9 +109,12 @@ def _check_work(sampling: Sampling, context: Context, model: ServedModel) -> Non
         )
 
 
-def _resolve(context: Context, project_id: str, name: str) -> ServedModel:
+def _prepare(context: Context, project_id: str, body: CreateChatCompletion) -> tuple[Sampling, ServedModel]:
+    sampling = check(body, context.settings)
     with context.sessions() as session:
-        return resolve(session, context.storage, context.catalogue, project_id=project_id, name=name)
+        model = resolve(session, context.storage, context.catalogue, project_id=project_id, name=body.model)
+    _check_work(sampling, context, model)
+    return sampling, model
 
 
 def _completion_request(
@@ -134,10 +135,13 @@ def _completion_request(
 
 async def _begin(context: Context, ask: CompletionRequest, reply: Reply) -> None:
     """Send the request and wait for the first words, so that a refusal can still be a status."""
-    message: dict[str, Any] = ask.model_dump(mode="json")
-    queue = inference_queue(ask.base_model)
-    await to_thread.run_sync(partial(context.sender.send, Task.COMPLETE, queue, message))
+    await to_thread.run_sync(_send, context, ask)
     await reply.wait(context.settings.first_word_s)
+
+
+def _send(context: Context, ask: CompletionRequest) -> None:
+    queue = inference_queue(ask.base_model)
+    context.sender.send(Task.COMPLETE, queue, ask.model_dump(mode="json"))
 
 
 def _wants_usage(body: CreateChatCompletion) -> bool:
