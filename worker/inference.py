@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import redis
+import torch
 from pydantic import ValidationError
 
 from app.core.base_models import BaseModelEntry, find_model_dir
@@ -21,6 +22,7 @@ from worker.serving.engine import Engine, EngineLimits
 
 log = logging.getLogger(__name__)
 _LONGEST_WAIT_S = 3600.0  # a request held longer than this is a bug; its thread must come free
+_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 _REMEMBERED = 1000  # cancelled ids: a cancel may overtake its request, which still waits in the queue
 
 

@@ -145,9 +145,9 @@ def _connect_signals(context: Context, queue: Queue, role: Role) -> None:
         role.on_stopping()
 
     def stopped(**_: Any) -> None:
+        role.on_stopped()
         for beat in role.beats:
             beat.stop()
-        role.on_stopped()
         try:
             presence.withdraw(context.redis, kind=queue, worker=context.worker)
         except Exception:  # the entry ends by itself

@@ -6,7 +6,9 @@ It is an ordinary client: all it knows of the service is the base URL and the ke
 from __future__ import annotations
 
 import subprocess
+import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -71,7 +73,12 @@ def running_service(data_dir: Path, console: Console) -> Iterator[tuple[str, str
     )
     assert process.stdin is not None
     try:
-        yield _read_address(process, console)
+        address = _read_address(process, console)
+        assert process.stdout is not None
+        threading.Thread(
+            target=deque, args=(process.stdout, 0), daemon=True
+        ).start()  # a full pipe would stop it
+        yield address
     finally:
         process.stdin.close()
         process.wait()

@@ -223,7 +223,7 @@ def _moment() -> sa.DateTime:
 
 def _one_of(table: str, column: str, values: list[str]) -> sa.CheckConstraint:
     listed = ", ".join(f"'{value}'" for value in values)
-    return sa.CheckConstraint(f"{column} IN ({listed})", name=f"ck_{table}_{column}")
+    return sa.CheckConstraint(f"{column} IN ({listed})", name=op.f(f"ck_{table}_{column}"))
 
 
 def downgrade() -> None:
