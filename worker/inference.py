@@ -39,7 +39,6 @@ class Inference:
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        self._writer = WordWriter(context.redis)
         self._engines: dict[str, Engine] = {}
         self._engines_lock = threading.Lock()  # held while a model loads
         self._lock = threading.Lock()  # of the two tables below
@@ -125,7 +124,7 @@ class Inference:
             engine.submit(request, self._emitter(request, held.done))
         except Exception:  # whatever keeps a model from answering, the one who asked must hear of it
             log.exception("engine of %s did not start", request.base_model)
-            self._say(request, [_unavailable(request.base_model)])
+            self._emitter(request, held.done)([_unavailable(request.base_model)])
             return
         held.done.wait(_LONGEST_WAIT_S)
         engine.cancel(request.id)  # the client may have gone before the engine knew of its request
@@ -168,23 +167,21 @@ class Inference:
         return find_model_dir(entry, self._context.settings.models_dir)
 
     def _emitter(self, request: CompletionRequest, done: threading.Event) -> Callable[[list[Word]], None]:
+        writer = WordWriter(self._context.redis, reply_to=request.reply_to, request_id=request.id)
         left = request.sampling.n
 
         def emit(words: list[Word]) -> None:
             nonlocal left
-            self._say(request, words)
+            try:
+                writer.publish(words)
+            except redis.RedisError as error:
+                # The API notices the gap and answers for us; the engine's loop must not stop for this.
+                log.warning("words of %s lost: %s", request.id, type(error).__name__)
             left -= sum(isinstance(word, Finished) for word in words)
             if left <= 0 or any(isinstance(word, Failed) for word in words):
                 done.set()
 
         return emit
-
-    def _say(self, request: CompletionRequest, words: list[Word]) -> None:
-        try:
-            self._writer.publish(request.reply_to, request.id, words)
-        except redis.RedisError as error:
-            # The API notices the silence and answers for us; the engine's loop must not stop for this.
-            log.warning("words of %s lost: %s", request.id, type(error).__name__)
 
 
 def _unavailable(base_model: str) -> Failed:

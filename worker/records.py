@@ -17,6 +17,7 @@ from app.core.db import utc_now
 from app.core.files import NewFile, create_file
 from app.core.ids import Prefix, new_id
 from app.core.outbox import after_commit
+from app.core.status import FINAL
 from app.core.tables import Checkpoint, Job, Organization, TunedModel
 from app.core.vocabulary import EventLevel, Purpose
 from worker.context import Context
@@ -131,15 +132,16 @@ def _add_results(context: Context, session: Session, job: Job) -> str:
 
 
 def _drop_old_checkpoints(session: Session, job_id: str, *, keep: int) -> None:
-    kept = (
-        select(Checkpoint)
-        .where(Checkpoint.job_id == job_id, Checkpoint.dropped_at.is_(None))
+    in_need = select(Job.model).where(Job.status.not_in(FINAL))  # another job goes on from it
+    past = (
+        select(TunedModel)
+        .join(Checkpoint, Checkpoint.model_id == TunedModel.id)
+        .where(Checkpoint.job_id == job_id, TunedModel.deleted_at.is_(None), TunedModel.id.not_in(in_need))
         .order_by(Checkpoint.step_number.desc())
         .offset(keep)
     )
-    for old in session.scalars(kept).all():
-        old.dropped_at = utc_now()
-        session.get_one(TunedModel, old.model_id).deleted_at = utc_now()
+    for model in session.scalars(past).all():
+        model.deleted_at = utc_now()
     session.flush()
 
 

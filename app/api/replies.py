@@ -17,7 +17,7 @@ from redis.exceptions import RedisError
 
 from app.core.completions import Failed, Finished, Word
 from app.core.errors import ServiceError, Unavailable
-from app.core.token_stream import CANCELS, decode
+from app.core.token_stream import CANCELS, Entry, decode
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +25,13 @@ BLOCK_MS = 5_000  # below the socket's time-out of 10 s
 READ_COUNT = 500  # entries of one read
 TRIM_EVERY = 500  # entries read before they are removed; the stream holds up to 20,000
 RETRY_FIRST_S, RETRY_MOST_S = 0.1, 2.0
+
+
+LOST = Failed(
+    status=503,
+    code="service_unavailable",
+    message="The connection to the model was lost before the answer was whole. Try again.",
+)
 
 
 class AnswerFailed(ServiceError):
@@ -49,7 +56,14 @@ class Reply:
         self._id = request_id
         self._open = n
         self._held: list[Word] = []
+        self._entries = 0
         self.queue: asyncio.Queue[list[Word]] = asyncio.Queue()
+
+    def take(self, entry: Entry) -> None:
+        """Keep the words of the next entry; one that is missing ends the answer."""
+        whole = entry.number == self._entries
+        self._entries += 1
+        self.queue.put_nowait(entry.words if whole else [LOST])
 
     async def wait(self, timeout_s: float) -> None:
         """Wait for the first words. Raises what the engine says, or Unavailable after `timeout_s`."""
@@ -153,23 +167,18 @@ class ReplyReader:
 
     def _hand_over(self, fields: dict[bytes, bytes]) -> None:
         try:
-            request_id, words = decode(fields)
+            entry = decode(fields)
         except (KeyError, ValueError):
             log.exception("an entry of the reply stream is no list of words")
             return
-        reply = self._waiting.get(request_id)
-        if reply is not None and words:
-            reply.queue.put_nowait(words)
+        reply = self._waiting.get(entry.request_id)
+        if reply is not None:
+            reply.take(entry)
 
     def _fail_all(self) -> None:
-        failed = Failed(
-            status=503,
-            code="service_unavailable",
-            message="The connection to the model was lost before the answer was whole. Try again.",
-        )
         self._last = b"0-0"  # a broker that starts empty may have another clock
         for reply in self._waiting.values():
-            reply.queue.put_nowait([failed])
+            reply.queue.put_nowait([LOST])
 
 
 def _raise_failed(words: list[Word]) -> None:

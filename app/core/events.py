@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from app.core.db import utc_now
 from app.core.ids import Prefix, new_id
 from app.core.pages import Cursor, Page, read_page
-from app.core.tables import Checkpoint, Job, JobEvent
+from app.core.tables import Checkpoint, Job, JobEvent, TunedModel
 from app.core.vocabulary import EventLevel, EventType
 
 
@@ -63,6 +63,10 @@ def list_metrics(session: Session, *, job_id: str) -> list[dict[str, Any]]:
 
 
 def list_checkpoints(session: Session, *, job_id: str, cursor: Cursor) -> Page[Checkpoint]:
-    """Kept checkpoints of a job, newest first."""
-    query = select(Checkpoint).where(Checkpoint.job_id == job_id, Checkpoint.dropped_at.is_(None))
+    """Kept checkpoints of a job, newest first; one whose model its owner deleted is gone too."""
+    query = (
+        select(Checkpoint)
+        .join(TunedModel, TunedModel.id == Checkpoint.model_id)
+        .where(Checkpoint.job_id == job_id, TunedModel.deleted_at.is_(None))
+    )
     return read_page(session, query, keys=(Checkpoint.step_number, Checkpoint.id), cursor=cursor)

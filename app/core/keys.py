@@ -37,6 +37,7 @@ def create_key(
     A secret of one's own is registered as it is; registering the same one twice is refused unless
     it already opens this very project.
     """
+    _check_name(name, "name")
     secret = secret or "sk-" + secrets.token_urlsafe(32)
     if len(secret) < 8 or not secret.isascii() or not secret.isprintable() or " " in secret:
         raise InvalidRequest("A key needs at least 8 printable characters without spaces.", param="key")
@@ -84,6 +85,7 @@ def revoke_key(session: Session, key_id: str) -> ApiKey:
 
 def ensure_project(session: Session, *, project: str, organization: str) -> Project:
     """The project of that name, made with its organization when it is new."""
+    _check_name(project, "project")
     found = session.scalar(select(Project).where(Project.name == project))
     if found is not None:
         return found
@@ -107,6 +109,11 @@ def ensure_project(session: Session, *, project: str, organization: str) -> Proj
 def _hint(secret: str) -> str:
     # Seven characters of forty-six tell keys apart; of a short key of one's own they would give it away.
     return secret[: min(7, len(secret) // 4)]
+
+
+def _check_name(name: str, param: str) -> None:
+    if not 0 < len(name) <= 64 or not name.isprintable():
+        raise InvalidRequest(f"The {param} must have 1 to 64 printable characters.", param=param)
 
 
 def _digest(secret: str) -> str:

@@ -30,9 +30,15 @@ def downgrade(url: str, *, revision: str) -> None:
 
 
 def is_current(engine: Engine) -> bool:
-    """Whether the database has exactly the schema this code was written for."""
-    head = ScriptDirectory.from_config(_config("")).get_current_head()
+    """Whether the database has the schema this code was written for, or a newer one it does not know.
+
+    Newer is fine: a deployment migrates first, and old processes run on until they are replaced.
+    """
+    scripts = ScriptDirectory.from_config(_config(""))
+    known = {script.revision for script in scripts.walk_revisions()}
+    head = scripts.get_current_head()
     with engine.connect() as connection:
         if not inspect(connection).has_table("alembic_version"):
             return False
-        return bool(connection.scalar(text("SELECT version_num FROM alembic_version")) == head)
+        present = connection.scalar(text("SELECT version_num FROM alembic_version"))
+    return present is not None and (present == head or present not in known)

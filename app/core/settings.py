@@ -6,7 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -70,6 +70,12 @@ class Settings(BaseSettings):
         if value and not value.startswith("file:///"):
             raise ValueError("storage_url must be a file:/// URL with an absolute path")
         return value
+
+    @model_validator(mode="after")
+    def _lease_outlasts_a_stop(self) -> Settings:
+        if self.lease_s <= self.trainer_grace_s + 1.5 * self.heartbeat_s:
+            raise ValueError("lease_s must exceed trainer_grace_s + 1.5 x heartbeat_s")
+        return self
 
     @property
     def storage_dir(self) -> Path:

@@ -150,7 +150,6 @@ class Checkpoint(Base):
     step_number: Mapped[int]
     metrics: Mapped[Json] = mapped_column(JSONB)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=utc_now)
-    dropped_at: Mapped[datetime | None] = mapped_column(UtcDateTime)  # past the number kept
 
 
 class TunedModel(Base):

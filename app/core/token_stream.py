@@ -7,6 +7,7 @@ and hands each to the request it belongs to. A stream nobody reads expires by it
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import redis
 
@@ -23,23 +24,39 @@ def reply_stream(process: str) -> str:
 
 
 class WordWriter:
-    """The worker's end: publishes words to whichever process waits for them."""
+    """The worker's end of one request: publishes its words to the process that waits for them.
 
-    def __init__(self, client: redis.Redis) -> None:
+    Entries are numbered, so that one lost with the broker's memory is noticed and not just missing.
+    """
+
+    def __init__(self, client: redis.Redis, *, reply_to: str, request_id: str) -> None:
         self._client = client
+        self._stream = reply_to
+        self._request_id = request_id
+        self._number = 0
 
-    def publish(self, reply_to: str, request_id: str, words: Sequence[Word]) -> None:
-        """Append words of one request, in order, as one entry."""
+    def publish(self, words: Sequence[Word]) -> None:
+        """Append words, in order, as one entry."""
+        fields = {"id": self._request_id, "number": self._number, "words": WORDS.dump_json(list(words))}
+        self._number += 1
         pipe = self._client.pipeline(transaction=False)
-        fields: dict[bytes | str, bytes | str] = {"id": request_id, "words": WORDS.dump_json(list(words))}
-        pipe.xadd(reply_to, fields, maxlen=MAX_ENTRIES, approximate=True)  # type: ignore[arg-type]
-        pipe.expire(reply_to, STREAM_TTL_S)
+        pipe.xadd(self._stream, fields, maxlen=MAX_ENTRIES, approximate=True)  # type: ignore[arg-type]
+        pipe.expire(self._stream, STREAM_TTL_S)
         pipe.execute()
 
 
-def decode(fields: dict[bytes, bytes]) -> tuple[str, list[Word]]:
-    """The request id and the words of one entry."""
-    return fields[b"id"].decode(), WORDS.validate_json(fields[b"words"])
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Some words of one request; `number` counts the request's entries from 0."""
+
+    request_id: str
+    number: int
+    words: list[Word]
+
+
+def decode(fields: dict[bytes, bytes]) -> Entry:
+    """One entry of a reply stream."""
+    return Entry(fields[b"id"].decode(), int(fields[b"number"]), WORDS.validate_json(fields[b"words"]))
 
 
 def ask_to_stop(client: redis.Redis, request_id: str) -> None:

@@ -207,7 +207,6 @@ def _create_checkpoints() -> None:
         sa.Column("step_number", sa.Integer(), nullable=False),
         sa.Column("metrics", postgresql.JSONB(astext_type=sa.Text()), nullable=False),
         sa.Column("created_at", _moment(), nullable=False),
-        sa.Column("dropped_at", _moment(), nullable=True),
         sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name="fk_checkpoints_job_id"),
         sa.ForeignKeyConstraint(["model_id"], ["tuned_models.id"], name="fk_checkpoints_model_id"),
         sa.PrimaryKeyConstraint("id", name="pk_checkpoints"),

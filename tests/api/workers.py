@@ -44,7 +44,7 @@ class InferenceWorker:
         self.requests: list[CompletionRequest] = []
         self.cancels: list[str] = []
         self.client: redis.Redis = make_redis(redis_url)
-        self.writer = WordWriter(self.client)
+        self._writers: dict[str, WordWriter] = {}
         self._url = redis_url
         self._stop = threading.Event()
 
@@ -62,7 +62,10 @@ class InferenceWorker:
 
     def answer(self, request: CompletionRequest, words: Sequence[Word]) -> None:
         """Publish some words now."""
-        self.writer.publish(request.reply_to, request.id, words)
+        if request.id not in self._writers:
+            writer = WordWriter(self.client, reply_to=request.reply_to, request_id=request.id)
+            self._writers[request.id] = writer
+        self._writers[request.id].publish(words)
 
     def run(self) -> None:
         """Take messages until stopped."""

@@ -12,7 +12,7 @@ from app.core import presence
 from app.core.completions import Delta, Failed, Finished, FinishReason, Word
 from app.core.queue import SOCKET_OPTIONS, Sender, Task, inference_queue, make_celery
 from app.core.settings import Settings
-from app.core.token_stream import CANCELS, WordWriter, ask_to_stop, decode, reply_stream
+from app.core.token_stream import CANCELS, Entry, WordWriter, ask_to_stop, decode, reply_stream
 from tests.core.rows import make_sender
 
 WORDS: list[Word] = [
@@ -23,11 +23,13 @@ WORDS: list[Word] = [
 
 
 def test_words_come_back_as_they_were_sent_and_in_order(client: redis.Redis) -> None:
-    writer, stream = WordWriter(client), reply_stream("me")
-    writer.publish(stream, "r1", WORDS)
-    writer.publish(stream, "r2", WORDS[:1])
+    stream = reply_stream("me")
+    first, second = (WordWriter(client, reply_to=stream, request_id=id) for id in ("r1", "r2"))
+    first.publish(WORDS)
+    second.publish(WORDS[:1])
+    first.publish(WORDS[1:])
     entries = [decode(fields) for _, fields in client.xrange(stream)]  # type: ignore[union-attr]
-    assert entries == [("r1", WORDS), ("r2", WORDS[:1])]
+    assert entries == [Entry("r1", 0, WORDS), Entry("r2", 0, WORDS[:1]), Entry("r1", 1, WORDS[1:])]
     assert 0 < client.ttl(stream) <= 3600  # type: ignore[operator]
 
 

@@ -57,7 +57,7 @@ class Client:
 
     def words(self, request_id: str) -> list[Word]:
         entries = [decode(fields) for _, fields in self.redis.xrange(STREAM)]  # type: ignore[union-attr]
-        return [word for id, words in entries if id == request_id for word in words]
+        return [word for entry in entries if entry.request_id == request_id for word in entry.words]
 
     def answer(self, request_id: str, *, choices: int = 1) -> list[Word]:
         def over() -> bool:
