@@ -6,6 +6,7 @@ of a model's folder is ever run.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,6 +14,10 @@ import torch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Set before anything loads bitsandbytes, which on CPUs with AVX512-BF16 warns at import of a downloadable
+# kernel it did not find. That kernel wants repacked NF4 weights, which `load_base_model` rules out.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def pick_device() -> torch.device:

@@ -28,6 +28,17 @@ _PROBE_TOOL: Tools = [
         "function": {"name": "probe", "description": "", "parameters": {"type": "object", "properties": {}}},
     }
 ]
+_PROBE_CALL = "probe_call"  # unlike the tool's name, which shows where tools are listed
+_PROBE_CALLED: list[Message] = [
+    *_PROBE,
+    {  # Mistral's templates ask for ids of nine characters
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [
+            {"id": "probecall", "type": "function", "function": {"name": _PROBE_CALL, "arguments": {}}}
+        ],
+    },
+]
 
 
 class ChatTemplateError(ValueError):
@@ -53,6 +64,7 @@ class ChatTemplate:
         self._template = template
         self._guard = _Guard(tokenizer)
         self.supports_tools = self._find_supports_tools()
+        self._shows_calls = self._find_shows_calls()
 
     def encode_prompt(self, messages: list[Message], tools: Tools | None = None) -> list[int]:
         """Token ids of a conversation up to where the assistant's next message begins."""
@@ -60,13 +72,26 @@ class ChatTemplate:
         text = self._render(messages, tools, generation_prompt=True)
         return [id for id, _, _ in self._encode(text, mark, cuts=())]
 
+    def hides(self, message: Message) -> bool:
+        """Whether it is an assistant's message to be trained of which the template shows nothing.
+
+        That is one of tool calls alone, for a template that knows none.
+        """
+        return (
+            not self._shows_calls
+            and _is_trained(message)
+            and bool(message.get("tool_calls"))
+            and not _text(message.get("content"))
+        )
+
     def encode_example(self, messages: list[Message], tools: Tools | None = None) -> TokenizedExample:
         """Token ids and labels of a whole conversation.
 
         Labels are the tokens of assistant messages whose `weight` is not 0, up to and including the token
         that ends the turn; never the header before them nor the line break some templates put after it.
+        What the template hides has no labels: it would teach empty answers.
         """
-        trained = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight") != 0]
+        trained = [i for i, m in enumerate(messages) if _is_trained(m) and not self.hides(m)]
         mark, messages, tools = self._guard.protect(normalize(messages), parse_tools(tools))
         text = self._render(messages, tools)
         spans = [self._assistant_span(text, messages, tools, index) for index in trained]
@@ -159,6 +184,12 @@ class ChatTemplate:
         except ChatTemplateError:
             return False
 
+    def _find_shows_calls(self) -> bool:
+        try:
+            return _PROBE_CALL in self._render(_PROBE_CALLED, _PROBE_TOOL)
+        except ChatTemplateError:
+            return True  # one that refuses calls refuses the example itself, in words of its own
+
 
 class _Guard:
     """Breaks up what would read as a control token in users' strings, with a character no string holds."""
@@ -235,15 +266,16 @@ def parse_tools(tools: Tools | None) -> Tools | None:
 
 
 def _normalize(message: Message) -> Message:
-    role = {"developer": "system", "function": "tool"}.get(message["role"], message["role"])
+    role = "system" if message["role"] == "developer" else message["role"]
     plain: Message = {"role": role, "content": _text(message.get("content"))}
     plain |= {key: message[key] for key in ("name", "tool_call_id") if message.get(key) is not None}
-    calls = message.get("tool_calls")
-    if function_call := message.get("function_call"):
-        calls = [{"type": "function", "function": function_call}]
-    if calls:
+    if calls := message.get("tool_calls"):
         plain["tool_calls"] = [{**call, "function": _parse_call(call["function"])} for call in calls]
     return plain
+
+
+def _is_trained(message: Message) -> bool:
+    return message["role"] == "assistant" and message.get("weight") != 0
 
 
 def _text(content: Any) -> str:

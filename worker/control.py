@@ -12,28 +12,26 @@ from sqlalchemy.exc import SQLAlchemyError
 from app.core import attempts, hyperparameters
 from app.core.dataset import DatasetError, read_examples, read_lines
 from app.core.db import transaction, utc_now
-from app.core.housekeeping import sweep
+from app.core.housekeeping import purge, sweep
 from app.core.log import bind
 from app.core.queue import Task
 from app.core.status import JobStatus
-from app.core.tables import File, Job
+from app.core.tables import Job
 from worker.context import Context
+from worker.inputs import JobInputError, find_input
 
 log = logging.getLogger(__name__)
 FRESH_S = 4.0  # how often a long validation says it is alive, so that nobody sends its hint again
 
 
-class BadFileError(Exception):
-    """A file the job cannot use, as the job's error object."""
-
-    def __init__(self, *, code: str, message: str, param: str) -> None:
-        super().__init__(message)
-        self.error: dict[str, str | None] = {"code": code, "message": message, "param": param}
-
-
 def validate_job(context: Context, job_id: str) -> None:
     """Read the files of a job; queue it, or fail it with the line that is wrong."""
-    with bind(job=job_id), transaction(context.sessions) as session:
+    with bind(job=job_id):
+        _validate(context, job_id)
+
+
+def _validate(context: Context, job_id: str) -> None:
+    with transaction(context.sessions) as session:
         job = session.scalar(select(Job).where(Job.id == job_id, Job.status == JobStatus.VALIDATING_FILES))
     if job is None:
         return
@@ -41,7 +39,7 @@ def validate_job(context: Context, job_id: str) -> None:
         n_examples = _count_examples(context, job, "training_file")
         if job.validation_file is not None:
             _count_examples(context, job, "validation_file")
-    except BadFileError as bad:
+    except JobInputError as bad:
         _fail(context, job_id, bad.error)
         return
     except (OSError, SQLAlchemyError):
@@ -67,22 +65,21 @@ def keep_house(context: Context) -> None:
     """One round of housekeeping, unless another control worker is at it."""
     with transaction(context.sessions) as session:
         swept = sweep(session, context.storage, context.sender, context.settings)
-    if swept is not None and (swept.requeued or swept.expired or swept.purged):
-        log.info("housekeeping: %s", swept)
+    with transaction(context.sessions) as session:
+        purged = purge(session, context.storage)
+    if purged or (swept is not None and (swept.requeued or swept.expired)):
+        log.info("housekeeping: %s, %d things removed", swept, purged)
 
 
 def _count_examples(context: Context, job: Job, param: str) -> int:
-    """How many examples a file of the job holds; raises BadFileError."""
+    """How many examples a file of the job holds; raises JobInputError."""
     file_id: str = getattr(job, param)
     name = param.replace("_", " ")
     with context.sessions() as session:
-        row = session.scalar(select(File).where(File.id == file_id, File.deleted_at.is_(None)))
-    if row is None or not context.storage.path(row.storage_key).exists():
-        text = f"The {name} {file_id} no longer exists. Upload it again and create a new job"
-        raise BadFileError(code="file_not_found", message=text, param=param)
+        path = find_input(context, session, file_id=file_id, param=param)
     count, fresh_at = 0, time.monotonic()
     try:
-        with context.storage.open(row.storage_key) as file:
+        with path.open("rb") as file:
             for _ in read_examples(read_lines(file, max_line_bytes=context.settings.max_line_bytes)):
                 count += 1
                 if time.monotonic() - fresh_at > FRESH_S:
@@ -90,7 +87,7 @@ def _count_examples(context: Context, job: Job, param: str) -> int:
                     _stay_fresh(context, job.id)
     except DatasetError as error:
         text = f"The job failed due to an invalid {name}. {error.message}"
-        raise BadFileError(code=f"invalid_{param}", message=text, param=param) from None
+        raise JobInputError(code=f"invalid_{param}", message=text, param=param) from None
     _check_count(context, param, count)
     return count
 
@@ -101,10 +98,10 @@ def _check_count(context: Context, param: str, count: int) -> None:
     name = param.replace("_", " ").capitalize()
     if count < least:
         text = f"{name} has {count} example(s), but must have at least {least} examples"
-        raise BadFileError(code="invalid_n_examples", message=text, param=param)
+        raise JobInputError(code="invalid_n_examples", message=text, param=param)
     if count > settings.max_examples:
         text = f"{name} has {count} examples, but may have at most {settings.max_examples}"
-        raise BadFileError(code="invalid_n_examples", message=text, param=param)
+        raise JobInputError(code="invalid_n_examples", message=text, param=param)
 
 
 def _stay_fresh(context: Context, job_id: str) -> None:

@@ -47,23 +47,35 @@ def record_step(session: Session, attempt: Attempt, word: StepDone) -> None:
     metrics = word.metrics
     left_s = word.elapsed_s / metrics.step * (word.total_steps - metrics.step)
     job = attempts.write(session, attempt, {"estimated_finish": utc_now() + timedelta(seconds=left_s)})
-    pace = {"epoch": word.epoch, "tokens": word.tokens, "tokens_per_second": word.tokens_per_second}
+    pace = {
+        "epoch": word.epoch,
+        "learning_rate": word.learning_rate,
+        "tokens": word.tokens,
+        "tokens_per_second": word.tokens_per_second,
+    }
     data = metrics.model_dump(exclude_none=True) | {"total_steps": word.total_steps, "luthier": pace}
     events.add_metrics(session, job, message=_step_message(word), step=metrics.step, data=data)
 
 
-def publish_checkpoint(context: Context, attempt: Attempt, word: CheckpointReady) -> str:
-    """Move a whole checkpoint folder into storage, under a name only its row will tell; its key."""
-    key = f"weights/{attempt.job_id}-{attempt.number}-{word.metrics.step}"
-    context.storage.publish_dir(Path(word.dir), key)
-    return key
+def checkpoint_key(attempt: Attempt, word: CheckpointReady) -> str:
+    """Where an attempt's checkpoint lies in storage; only its row will tell."""
+    return f"weights/{attempt.job_id}-{attempt.number}-{word.metrics.step}"
 
 
-def record_checkpoint(
-    context: Context, session: Session, attempt: Attempt, made: tuple[CheckpointReady, str]
-) -> None:
+def publish_checkpoint(context: Context, attempt: Attempt, word: CheckpointReady) -> None:
+    """Move a whole checkpoint folder into storage."""
+    context.storage.publish_dir(Path(word.dir), checkpoint_key(attempt, word))
+
+
+def drop_unnamed_checkpoint(context: Context, session: Session, key: str) -> None:
+    """Remove a published checkpoint unless a row names it, as after a commit whose answer was lost."""
+    if session.scalar(select(TunedModel.id).where(TunedModel.storage_key == key).limit(1)) is None:
+        context.storage.delete(key)
+
+
+def record_checkpoint(context: Context, session: Session, attempt: Attempt, word: CheckpointReady) -> None:
     """The row and the model's name of a published checkpoint. One step has one checkpoint."""
-    word, key = made
+    key = checkpoint_key(attempt, word)
     job = attempts.hold(session, attempt)
     step = word.metrics.step
     known = session.scalar(

@@ -23,8 +23,9 @@ from app.core.log import bind
 from app.core.tables import Job
 from worker import records
 from worker.context import Context
+from worker.inputs import JobInputError
 from worker.lease import Lease
-from worker.spec import MissingInputError, make_spec
+from worker.spec import make_spec
 from worker.trainer import Trainer, TrainerDiedError
 from worker.training.words import CheckpointReady, Failed, Finished, Log, StepDone, TrainSpec, TrainWord
 
@@ -105,8 +106,8 @@ class _AttemptRun:
         """Train and record; whatever happens, the job's row tells it and the trainer is free again."""
         log.info("attempt started")
         try:
-            self._train(make_spec(self._context, self._job))
-        except MissingInputError as missing:
+            self._train(self._write(lambda session: make_spec(self._context, session, self._job)))
+        except JobInputError as missing:
             error = missing.error
             self._end(lambda session: attempts.fail(session, self._attempt, error=error))
         except AttemptLost:
@@ -181,14 +182,13 @@ class _AttemptRun:
         return False
 
     def _record_checkpoint(self, word: CheckpointReady) -> None:
-        key = records.publish_checkpoint(self._context, self._attempt, word)
-        made = (word, key)
+        context, attempt = self._context, self._attempt
+        records.publish_checkpoint(context, attempt, word)
         try:
-            self._write(
-                lambda session: records.record_checkpoint(self._context, session, self._attempt, made)
-            )
+            self._write(lambda session: records.record_checkpoint(context, session, attempt, word))
         except AttemptLost:
-            self._context.storage.delete(key)  # no row will ever name it
+            key = records.checkpoint_key(attempt, word)
+            self._write(lambda session: records.drop_unnamed_checkpoint(context, session, key))
             raise
 
     def _keep_alive(self) -> None:

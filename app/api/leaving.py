@@ -64,6 +64,13 @@ class EventStream(Response):
             async for some in self._events:
                 await send({"type": "http.response.body", "body": some, "more_body": True})
         except ServiceError as error:
-            body = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
-            await send({"type": "http.response.body", "body": event({"error": body}), "more_body": True})
+            await send(_last_event(error))
+        except Exception:  # a bug of ours; without this the client would see a cut connection
+            log.exception("a stream ended by an error of the service")
+            await send(_last_event(ServiceError("The server had an error. Try again.", code="server_error")))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _last_event(error: ServiceError) -> dict[str, Any]:
+    body = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
+    return {"type": "http.response.body", "body": event({"error": body}), "more_body": True}

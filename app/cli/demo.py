@@ -5,7 +5,11 @@ It is an ordinary client: all it knows of the service is the base URL and the ke
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
 import subprocess
+import sys
 import threading
 import time
 from collections import deque
@@ -20,10 +24,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from app.cli.addresses import local_url
 from app.cli.demo_score import Row, Score, read_rows, score
 from app.cli.errors import CommandError
 from app.cli.process_commands import SOURCE_ROOT, child_environment, leashed, luthier
 from app.core.base_models import DEFAULT_BASE_MODEL
+from app.core.settings import Settings
 
 EXAMPLE = SOURCE_ROOT / "examples" / "shop"
 ANSWER_TOKENS = 90  # the longest right answer has 53
@@ -32,16 +38,17 @@ SHOWN = 3  # answers shown side by side
 STOP_S = 20
 POLL_S = 0.5
 JOB_S = 3600  # give up after that
+_NOISE = re.compile(r"\bWARNING\b|^Luthier is ready")  # kept back unless the start fails
 
 
-def demo(data_dir: Path) -> None:
+def demo(settings: Settings) -> None:
     """Run the whole story; raises CommandError unless the tuned model beats the base model."""
     console = Console()
     if not EXAMPLE.is_dir():
         raise CommandError(f"{EXAMPLE} is missing; run the demo from a clone of the repository.")
     rows = read_rows((EXAMPLE / "heldout.jsonl").read_text(encoding="utf-8").splitlines())
     began = time.monotonic()
-    with running_service(data_dir, console) as (base_url, key):
+    with running_service(settings.data_dir, console) as (base_url, key):
         console.print(f"Luthier is ready after {time.monotonic() - began:.0f} s at {base_url}")
         client = openai.OpenAI(base_url=base_url, api_key=key)
         began = time.monotonic()
@@ -55,7 +62,9 @@ def demo(data_dir: Path) -> None:
     console.print(answer_table(rows, before, after))
     total_s = time.monotonic() - began
     console.print(f"Trained in {trained_s:.0f} s, evaluated in {total_s - trained_s:.0f} s.")
-    say_how_to_go_on(console, data_dir, (base_url, key, model), rows[0])
+    console.print("\nTry it yourself:")
+    for line in lines_to_go_on(settings, key=key, model=model, system=rows[0].system):
+        console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
     if not tuned.beats(base):
         raise CommandError("The tuned model is not better than the base model; this should not happen.")
 
@@ -168,36 +177,47 @@ def answer_table(rows: list[Row], before: list[str], after: list[str]) -> Table:
     return table
 
 
-def say_how_to_go_on(console: Console, data_dir: Path, made: tuple[str, str, str], row: Row) -> None:
-    """Lines to copy, once `up` runs again on the same data."""
-    _, key, model = made
-    body = (
-        f'{{"model": "{model}", "messages": [{{"role": "system", "content": "{row.system}"}}, '
-        '{"role": "user", "content": "My bell fell off on the first ride, what now?"}]}'
-    )
-    console.print("\nTry it yourself:")
-    console.print(f"  luthier up --data-dir {data_dir}", markup=False, soft_wrap=True)
-    console.print(
-        f'  curl http://127.0.0.1:8000/v1/chat/completions -H "Authorization: Bearer {key}" '
-        f"-H \"Content-Type: application/json\" -d '{body}'",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
+def lines_to_go_on(settings: Settings, *, key: str, model: str, system: str) -> list[str]:
+    """Two lines for a shell: `up` on the same data, then a question to the tuned model."""
+    port = settings.port or 8000
+    up = [*own_command(), "up", "--data-dir", str(settings.data_dir)]
+    up += [] if settings.port else ["--port", str(port)]
+    question = "My bell fell off on the first ride, what now?"
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
+    curl = ["curl", f"{local_url(settings.host, port)}/v1/chat/completions"]
+    curl += ["-H", f"Authorization: Bearer {key}", "-H", "Content-Type: application/json"]
+    curl += ["-d", json.dumps({"model": model, "messages": messages})]
+    return [shlex.join(up), shlex.join(curl)]
+
+
+def own_command() -> list[str]:
+    """How this very command was called, to be typed again from the current folder."""
+    program = Path(sys.argv[0])
+    if program.suffix == ".py":  # python -m app.cli.main
+        return [sys.executable, "-m", "app.cli.main"]
+    if not program.is_absolute():
+        return [sys.argv[0]]
+    inside = program.is_relative_to(Path.cwd())
+    return [str(program.relative_to(Path.cwd()) if inside else program)]
 
 
 def _read_address(process: subprocess.Popen[str], console: Console) -> tuple[str, str]:
-    """What `up` prints, passed on until it is ready."""
+    """What `up` prints, passed on until it is ready; its warnings only when it never is."""
     assert process.stdout is not None
     found: dict[str, str] = {}
+    kept_back = []
     for line in process.stdout:
         for name in ("base URL", "API key"):
             if line.strip().startswith(name):
                 found[name] = line.strip().removeprefix(name).strip()
         if len(found) == 2:
             return found["base URL"], found["API key"]
-        if line.strip():
+        if _NOISE.search(line):
+            kept_back.append(line)
+        elif line.strip():
             console.print(line.rstrip(), markup=False, highlight=False)
+    for line in kept_back:
+        console.print(line.rstrip(), markup=False, highlight=False)
     raise CommandError("`luthier up` ended before it was ready; the lines above say why.")
 
 

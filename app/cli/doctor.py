@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.metadata
+import os
 import shutil
 import sys
 import tempfile
@@ -17,6 +19,7 @@ from app.core.base_models import CatalogueError, find_model_dir, load_catalogue
 from app.core.settings import Settings
 
 LOW_DISK_BYTES = 5 * 10**9
+_OTHER_VARIABLES = ("LUTHIER_API_KEY", "LUTHIER_TEST_WEIGHTS")  # of `up` and of the tests; no settings
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "fastapi", "celery", "sqlalchemy")
 
 
@@ -137,7 +140,7 @@ def check_device(_settings: Settings) -> Iterator[Finding]:
     try:
         import torch
     except ModuleNotFoundError:
-        cure = "pip install 'luthier[worker]' where workers shall run"
+        cure = "where workers shall run: make setup, or pip install '.[worker]' in the clone"
         yield Finding("device", "torch is not installed", cure, fatal=False)
         return
     if not torch.cuda.is_available():
@@ -163,6 +166,16 @@ def check_versions(_settings: Settings) -> Iterator[Finding]:
     yield Finding("versions", ", ".join(found))
 
 
+def check_variables(_settings: Settings) -> Iterator[Finding]:
+    """LUTHIER_ variables that nothing reads: most likely mistyped."""
+    known = [*(f"LUTHIER_{name.upper()}" for name in Settings.model_fields), *_OTHER_VARIABLES]
+    for name in sorted(os.environ):
+        if name.startswith("LUTHIER_") and name.upper() not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            cure = f"did you mean {near[0]}?" if near else "docs/operations.md lists all settings"
+            yield Finding("variables", f"{name} is unknown and has no effect", cure, fatal=False)
+
+
 CHECKS: tuple[Callable[[Settings], Iterator[Finding]], ...] = (
     check_database,
     check_broker,
@@ -170,4 +183,5 @@ CHECKS: tuple[Callable[[Settings], Iterator[Finding]], ...] = (
     check_weights,
     check_device,
     check_versions,
+    check_variables,
 )

@@ -33,7 +33,8 @@ def _missing_extra(error: ModuleNotFoundError) -> str | None:
     package = (error.name or "").partition(".")[0]
     if package not in _EXTRAS:
         return None
-    return f"{package} is not installed; run pip install 'luthier[{_EXTRAS[package]}]'."
+    extra = _EXTRAS[package]
+    return f"{package} is not installed; run `make setup`, or `pip install '.[{extra}]'` in the clone."
 
 
 def _from_core(error: Exception) -> str | None:

@@ -42,7 +42,12 @@ def up(
     ] = None,
     data_dir: DataDir = None,
     api_key: Annotated[
-        str | None, typer.Option(envvar="LUTHIER_API_KEY", help="Use this key instead of a new one.")
+        str | None,
+        typer.Option(
+            envvar="LUTHIER_API_KEY",
+            help="Use this key instead of a new one. Better set LUTHIER_API_KEY: "
+            "everybody on this machine can read the options of a running command.",
+        ),
     ] = None,
 ) -> None:
     """Run everything on this machine: database, broker, API and workers."""
@@ -96,7 +101,7 @@ def demo(data_dir: DataDir = None) -> None:
     from app.cli.demo import demo as run_demo
     from app.cli.running import load_settings
 
-    run_demo(load_settings(data_dir=data_dir).data_dir)
+    run_demo(load_settings(data_dir=data_dir))
 
 
 @keys_app.command("create")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import typer
@@ -12,6 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeElapsedColu
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from app.cli.data_dir import CLOSED
 from app.cli.errors import CommandError
 from app.cli.running import load_settings
 from app.core.base_models import BaseModelEntry, find_model_dir, load_catalogue
@@ -37,6 +39,8 @@ def pull_weights(data_dir: Path | None, name: str | None) -> None:
     catalogue = load_catalogue(settings.models_file)
     if name is not None and catalogue.find(name) is None:
         raise CommandError(f"'{name}' is not in the catalogue; it holds {', '.join(catalogue.names)}.")
+    with suppress(OSError):  # pulling says it better
+        settings.data_dir.expanduser().mkdir(mode=CLOSED, parents=True, exist_ok=True)
     for entry in catalogue.entries.values():
         if name in (None, entry.name):
             pull_one(entry, settings.models_dir)

@@ -33,9 +33,13 @@ def luthier(*words: str) -> list[str]:
 
 
 def child_environment(settings: Mapping[str, str]) -> dict[str, str]:
-    """This process's environment with `settings` on top; our own code is found without installation."""
+    """This process's environment with `settings` on top; our own code is found without installation.
+
+    Without the operator's key: the parts know it as a hash in the database, which is all they need.
+    """
     paths = [str(SOURCE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", **settings}
+    inherited = {name: value for name, value in os.environ.items() if name != "LUTHIER_API_KEY"}
+    return {**inherited, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", **settings}
 
 
 def service_parts(data_dir: Path, settings: Mapping[str, str]) -> list[Part]:

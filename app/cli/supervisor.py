@@ -12,7 +12,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -76,7 +76,7 @@ class Supervisor:
             if running.process is not None and running.process.poll() is not None:
                 self._note_end(running, now)
             if running.start_again_at is not None and now >= running.start_again_at:
-                self._launch(running)
+                self._launch_again(running, now)
 
     def mark_read(self, name: str) -> None:
         """Do not echo what a part has logged so far: servers complain while they start."""
@@ -124,6 +124,13 @@ class Supervisor:
         level = logging.INFO if running.starts == 1 else logging.WARNING
         log.log(level, "started part=%s pid=%d start=%d", part.name, running.process.pid, running.starts)
 
+    def _launch_again(self, running: _Running, now: float) -> None:
+        """A full disk or a machine out of processes must not end the parts that live: try later."""
+        try:
+            self._launch(running)
+        except OSError as error:
+            self._wait(running, now, cause=f"no start, {error.strerror}")
+
     def _note_end(self, running: _Running, now: float) -> None:
         assert running.process is not None
         _let_go(running)
@@ -131,11 +138,14 @@ class Supervisor:
         running.process = None
         if now - running.started_at >= STEADY_S:
             running.backoff_s = FIRST_BACKOFF_S
+        self._wait(running, now, cause=describe_exit(code))
+
+    def _wait(self, running: _Running, now: float, *, cause: str) -> None:
         running.start_again_at = now + running.backoff_s
         log.warning(
             "ended part=%s cause=%s again_in_s=%.1f log=%s",
             running.part.name,
-            describe_exit(code),
+            cause,
             running.backoff_s,
             running.part.log_file,
         )
@@ -156,7 +166,8 @@ class Supervisor:
         running.read_bytes += len(whole)
         for line in whole.decode("utf-8", "replace").splitlines():
             if _ALARMING.search(line):
-                self._echo(f"{running.part.name}: {line[:_ECHOED_BYTES]}")
+                with suppress(OSError):  # a terminal that is gone, or a full disk behind `>`
+                    self._echo(f"{running.part.name}: {line[:_ECHOED_BYTES]}")
         if running.read_bytes > LARGEST_LOG_BYTES:
             _turn_over(path)
             running.read_bytes = 0
@@ -196,10 +207,18 @@ def _wait_gone(running: _Running) -> None:
 
 
 def _turn_over(path: Path) -> None:
-    """Move a large log aside by copying: its writer holds the file open and appends."""
+    """Move a large log aside by copying: its writer holds the file open and appends.
+
+    Where there is no room for the copy, emptying the log is what makes some.
+    """
     old = path.with_suffix(".old.log")
-    with path.open("rb") as source, old.open("wb") as target:
-        while chunk := source.read(2**20):
-            target.write(chunk)
-    with path.open("r+b") as file:
+    try:
+        with path.open("rb") as source, old.open("wb") as target:
+            while chunk := source.read(2**20):
+                target.write(chunk)
+    except OSError as error:
+        log.warning("log not kept file=%s cause=%s", path, error.strerror)
+        with suppress(OSError):
+            old.unlink(missing_ok=True)  # half a copy
+    with suppress(OSError), path.open("r+b") as file:
         file.truncate(0)

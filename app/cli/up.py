@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import shlex
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
@@ -81,26 +83,33 @@ def run(supervisor: Supervisor, settings: Settings, api_key: str | None) -> None
 
 
 def describe(settings: Settings, secret: str) -> str:
-    """What an operator needs to go on: the URL, the key, three lines to try."""
+    """What an operator needs to go on: the URL, the key, lines to try."""
     base = f"{local_url(settings.host, settings.port)}/v1"
-    model = (settings.served_base_models or (DEFAULT_BASE_MODEL,))[0]
-    authorization = f'-H "Authorization: Bearer {secret}"'
-    json_type = '-H "Content-Type: application/json"'
-    message = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Say hello."}}]}}'
-    return "\n".join(
-        (
-            "",
-            "Luthier is ready.",
-            f"  base URL  {base}",
-            f"  API key   {secret}",
-            f"  logs      {settings.data_dir / 'logs'}",
-            "Try:",
-            f"  curl {base}/models {authorization}",
-            f"  curl {base}/chat/completions {authorization} {json_type} -d '{message}'",
-            f"  curl {base}/files {authorization} -F purpose=fine-tune -F 'file=@{EXAMPLE}'",
-            "Ctrl-C stops everything.",
-        )
+    lines = (
+        "",
+        "Luthier is ready.",
+        f"  base URL  {base}",
+        f"  API key   {secret}",
+        f"  logs      {settings.data_dir / 'logs'}",
+        "Try:",
+        *(f"  {line}" for line in lines_to_try(base, secret, settings.served_base_models)),
+        "Ctrl-C stops everything.",
     )
+    return "\n".join(lines)
+
+
+def lines_to_try(base: str, secret: str, served: Sequence[str]) -> list[str]:
+    """For a shell, as they are; the upload only where the example is, which an installed package lacks."""
+    messages = [{"role": "user", "content": "Say hello."}]
+    question = json.dumps({"model": (*served, DEFAULT_BASE_MODEL)[0], "messages": messages})
+    curl = ["curl", "-H", f"Authorization: Bearer {secret}"]
+    lines = [
+        [*curl, f"{base}/models"],
+        [*curl, "-H", "Content-Type: application/json", "-d", question, f"{base}/chat/completions"],
+    ]
+    if EXAMPLE.is_file():
+        lines.append([*curl, "-F", "purpose=fine-tune", "-F", f"file=@{EXAMPLE}", f"{base}/files"])
+    return [shlex.join(line) for line in lines]
 
 
 @contextmanager

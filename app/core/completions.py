@@ -37,7 +37,7 @@ class TunedWeights(Wire):
 
     id: str
     kind: WeightsKind
-    path: str  # folder on this machine: a PEFT folder, or a whole model for `full`
+    path: str  # key in storage on the wire; for the engine a folder: PEFT's, or a whole model for `full`
 
 
 class Sampling(Wire):

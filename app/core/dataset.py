@@ -81,6 +81,7 @@ def _state(error: JsonError) -> str:
 def _example(value: object) -> Example:
     if not isinstance(value, dict):
         raise MessageError("is not a JSON object")
+    value = {key: item for key, item in value.items() if item is not None}
     if "messages" not in value:
         raise MessageError(_wrong_format(value))
     for key in value:

@@ -126,10 +126,10 @@ def purge_deleted(session: Session, storage: Storage) -> int:
     rows = session.scalars(
         select(File).where(File.deleted_at.is_not(None), File.purged_at.is_(None)).limit(100)
     ).all()
-    for row in rows:
-        storage.delete(row.storage_key)
+    gone = [row for row in rows if storage.delete(row.storage_key)]
+    for row in gone:
         row.purged_at = utc_now()
-    return len(rows)
+    return len(gone)
 
 
 def clean_filename(name: str) -> str:

@@ -37,20 +37,33 @@ class Swept:
     hinted: int = 0
     requeued: int = 0
     expired: int = 0
-    purged: int = 0
 
 
 def sweep(session: Session, storage: Storage, sender: Sender, settings: Settings) -> Swept | None:
     """Do one round, or return None when another process is at it."""
-    if not session.scalar(text("SELECT pg_try_advisory_xact_lock(:key)"), {"key": LOCK}):
+    room = {status: _room(sender, task) for status, task in _TASKS.items()}  # before anything is locked
+    if not _alone(session):
         return None
-    room = {status: _room(sender, task) for status, task in _TASKS.items()}
     requeued = _requeue_dead(session, storage, max_attempts=settings.max_attempts)
     expired = files.expire_files(session)
-    purged = files.purge_deleted(session, storage) + served_models.purge_deleted(session, storage)
-    purged += storage.drop_stale(age_s=STALE_S)
     hinted = sum(_hint_waiting(session, sender, status, limit=room[status]) for status in _TASKS)
-    return Swept(hinted, requeued, expired, purged)
+    return Swept(hinted, requeued, expired)
+
+
+def purge(session: Session, storage: Storage) -> int:
+    """Remove bytes that no row needs any more; returns how many things went.
+
+    A transaction of its own: a slow or broken disk must not keep dead jobs from their queue.
+    """
+    if not _alone(session):
+        return 0
+    gone = files.purge_deleted(session, storage) + served_models.purge_deleted(session, storage)
+    return gone + storage.drop_stale(age_s=STALE_S)
+
+
+def _alone(session: Session) -> bool:
+    """Whether no other process is at it, until this transaction ends."""
+    return bool(session.scalar(text("SELECT pg_try_advisory_xact_lock(:key)"), {"key": LOCK}))
 
 
 def _requeue_dead(session: Session, storage: Storage, *, max_attempts: int) -> int:

@@ -18,7 +18,7 @@ from app.core.ids import Prefix, new_id
 from app.core.keys import Caller
 from app.core.pages import Cursor, Page, read_page
 from app.core.queue import Sender, Task
-from app.core.status import FINAL, JobStatus, may_become
+from app.core.status import JobStatus, may_become
 from app.core.tables import Job
 from app.core.vocabulary import Purpose
 
@@ -128,11 +128,6 @@ def cancel_job(session: Session, *, project_id: str, job_id: str) -> Job:
     job.lease_expires_at = job.estimated_finish = None
     events.add_message(session, job, "Fine-tuning job cancelled")
     return job
-
-
-def is_final(job: Job) -> bool:
-    """Whether nothing will happen to the job any more."""
-    return job.status in FINAL
 
 
 def _check_file(session: Session, caller: Caller, file_id: str, param: str) -> None:

@@ -33,24 +33,30 @@ class MessageError(ValueError):
 
 
 def check_messages(messages: object) -> list[dict[str, Any]]:
-    """Return the conversation when every message is well formed, else raise MessageError."""
+    """The conversation without its nulls when every message is well formed, else raise MessageError.
+
+    The official client's own messages carry a null for every field that is not there.
+    """
     if not isinstance(messages, list) or not messages:
         raise MessageError("'messages' must be a list with at least one message")
+    checked = [_without_nulls(message, index) for index, message in enumerate(messages)]
     open_calls: set[str] = set()
-    for index, message in enumerate(messages):
+    for index, message in enumerate(checked):
         role = _check_role(message, index)
         _check_keys(message, role, index)
         _check_content(message, role, index)
+        if role == "tool":
+            open_calls.remove(_check_answer(message, open_calls, index))
+            continue
+        _check_answered(open_calls, index)
         if role == "assistant":
-            open_calls |= _check_tool_calls(message, index)
-        elif role == "tool":
-            _check_answer(message, open_calls, index)
-    return messages
+            open_calls = _check_tool_calls(message, index)
+    return checked
 
 
 def check_tools(tools: object) -> list[dict[str, Any]] | None:
     """Return the tool definitions when they are well formed, else raise MessageError."""
-    if tools is None:
+    if tools is None or tools == []:
         return None
     if not isinstance(tools, list) or not 1 <= len(tools) <= MAX_TOOLS:
         raise MessageError(f"'tools' must be a list of 1 to {MAX_TOOLS} tools", field="tools")
@@ -68,16 +74,13 @@ def check_tools(tools: object) -> list[dict[str, Any]] | None:
     return tools
 
 
-def text_of(content: object) -> str:
-    """The text of a checked `content`: a string, a list of text parts, or null."""
-    if isinstance(content, str):
-        return content
-    return "".join(part["text"] for part in content) if isinstance(content, list) else ""
-
-
-def _check_role(message: object, index: int) -> str:
+def _without_nulls(message: object, index: int) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise MessageError("is not an object", index=index)
+    return {key: value for key, value in message.items() if value is not None or key in ("role", "content")}
+
+
+def _check_role(message: dict[str, Any], index: int) -> str:
     if "role" not in message:
         raise MessageError("Discriminator 'role' is missing in value", index=index, field="role")
     role = message["role"]
@@ -161,7 +164,17 @@ def _check_tool_call(call: object, index: int, where: str) -> str:
     return str(call["id"])
 
 
-def _check_answer(message: dict[str, Any], open_calls: set[str], index: int) -> None:
+def _check_answered(open_calls: set[str], index: int) -> None:
+    for call_id in sorted(open_calls):
+        raise MessageError(
+            f"comes before the tool call {call_id[:64]!r} was answered; "
+            "each call needs a message of role 'tool' right after it",
+            index=index,
+            field="role",
+        )
+
+
+def _check_answer(message: dict[str, Any], open_calls: set[str], index: int) -> str:
     call_id = message.get("tool_call_id")
     if not isinstance(call_id, str):
         raise MessageError("'tool_call_id' is missing", index=index, field="tool_call_id")
@@ -171,6 +184,7 @@ def _check_answer(message: dict[str, Any], open_calls: set[str], index: int) -> 
             index=index,
             field="tool_call_id",
         )
+    return call_id
 
 
 def _is_name(value: object) -> bool:

@@ -19,6 +19,7 @@ from app.core.storage import Storage
 from app.core.tables import Job, TunedModel
 
 DEFAULT_RANK = 16
+DEFAULT_MAX_LENGTH = 2048  # tokens of one example
 _SHAPE = ("adapter", "rank", "alpha", "target_modules")  # fixed by the model a job goes on from
 
 
@@ -42,20 +43,16 @@ class Start:
     options: dict[str, Any] | None = None
 
 
-def list_models(
-    session: Session, storage: Storage, catalogue: Catalogue, *, project_id: str
-) -> list[ServedModel]:
+def list_models(session: Session, catalogue: Catalogue, *, project_id: str) -> list[ServedModel]:
     """Base models, then the project's tuned models, newest first; checkpoints are found by name only."""
     query = (
         _live(project_id).where(TunedModel.is_checkpoint.is_(False)).order_by(TunedModel.created_at.desc())
     )
-    tuned = [_served(row, storage) for row in session.scalars(query)]
+    tuned = [_served(row) for row in session.scalars(query)]
     return [_base(entry) for entry in catalogue.entries.values()] + tuned
 
 
-def resolve(
-    session: Session, storage: Storage, catalogue: Catalogue, *, project_id: str, name: str
-) -> ServedModel:
+def resolve(session: Session, catalogue: Catalogue, *, project_id: str, name: str) -> ServedModel:
     """The model of that name, if this project may use it."""
     entry = catalogue.find(name)
     if entry is not None:
@@ -67,7 +64,7 @@ def resolve(
             code="model_not_found",
             param="model",
         )
-    return _served(row, storage)
+    return _served(row)
 
 
 def find_start(session: Session, catalogue: Catalogue, *, project_id: str, name: str) -> Start | None:
@@ -100,18 +97,34 @@ def training_options(start: Start, asked: dict[str, Any]) -> dict[str, Any]:
             param="luthier.max_length",
             code="integer_above_max_value",
         )
-    rank = asked.get("rank", inherited.get("rank", DEFAULT_RANK))
-    defaults = {
-        "adapter": start.entry.adapter,
-        "rank": rank,
-        "alpha": 2 * rank,
-        "dropout": 0.0,
-        "target_modules": list(start.entry.target_modules),
-        "max_length": None,
+    adapter = asked.get("adapter", inherited.get("adapter", start.entry.adapter))
+    defaults = _no_factors(asked) if adapter == "full" else _factors(start.entry, asked | inherited)
+    defaults |= {
+        "adapter": adapter,
+        "max_length": min(DEFAULT_MAX_LENGTH, longest),
         "checkpoint_interval": None,
         "priority": 0,
     }
     return defaults | inherited | asked
+
+
+def _factors(entry: BaseModelEntry, given: dict[str, Any]) -> dict[str, Any]:
+    rank = given.get("rank", DEFAULT_RANK)
+    modules = list(entry.target_modules) or None  # None: all linear layers of the blocks
+    return {"rank": rank, "alpha": 2 * rank, "dropout": 0.0, "target_modules": modules}
+
+
+def _no_factors(asked: dict[str, Any]) -> dict[str, Any]:
+    """What only LoRA has, as null; asking for it beside `full` is a mistake."""
+    names = ("rank", "alpha", "dropout", "target_modules")
+    for name in names:
+        if asked.get(name) is not None:
+            raise InvalidRequest(
+                f"luthier.{name} has no meaning with luthier.adapter 'full'. Leave it out.",
+                param=f"luthier.{name}",
+                code="invalid_value",
+            )
+    return dict.fromkeys(names)
 
 
 def delete_model(session: Session, catalogue: Catalogue, *, project_id: str, name: str) -> str:
@@ -121,7 +134,8 @@ def delete_model(session: Session, catalogue: Catalogue, *, project_id: str, nam
     row = session.scalar(_live(project_id).where(TunedModel.id == name).with_for_update())
     if row is None:
         raise NotFound(f"The model '{name[:200]}' does not exist", code="model_not_found", param="model")
-    user = session.scalar(select(Job.id).where(Job.model == name, Job.status.not_in(FINAL)).limit(1))
+    needs = (Job.model == name) | (Job.id == row.job_id)  # goes on from it, or is still making it
+    user = session.scalar(select(Job.id).where(needs, Job.status.not_in(FINAL)).limit(1))
     if user is not None:
         raise InvalidRequest(
             f"{name} is in use by job {user}, which is not finished. Cancel the job or wait for its end.",
@@ -139,14 +153,17 @@ def purge_deleted(session: Session, storage: Storage) -> int:
         .where(TunedModel.deleted_at.is_not(None), TunedModel.purged_at.is_(None))
         .limit(100)
     ).all()
-    for row in rows:
-        shared = select(TunedModel.id).where(
-            TunedModel.storage_key == row.storage_key, TunedModel.deleted_at.is_(None)
-        )
-        if session.scalar(shared.limit(1)) is None:
-            storage.delete(row.storage_key)
+    settled = [row for row in rows if _is_shared(session, row) or storage.delete(row.storage_key)]
+    for row in settled:
         row.purged_at = utc_now()
-    return len(rows)
+    return len(settled)
+
+
+def _is_shared(session: Session, row: TunedModel) -> bool:
+    live = select(TunedModel.id).where(
+        TunedModel.storage_key == row.storage_key, TunedModel.deleted_at.is_(None)
+    )
+    return session.scalar(live.limit(1)) is not None
 
 
 def new_model_name(job: Job, *, organization_slug: str) -> str:
@@ -180,10 +197,8 @@ def _base(entry: BaseModelEntry) -> ServedModel:
     return ServedModel(entry.name, entry.name, datetime(2024, 10, 31, tzinfo=UTC), "luthier")
 
 
-def _served(row: TunedModel, storage: Storage) -> ServedModel:
-    weights = TunedWeights(
-        id=row.storage_key.rpartition("/")[2], kind=row.kind, path=str(storage.path(row.storage_key))
-    )
+def _served(row: TunedModel) -> ServedModel:
+    weights = TunedWeights(id=row.storage_key.rpartition("/")[2], kind=row.kind, path=row.storage_key)
     return ServedModel(row.id, row.base_model, row.created_at, row.project_id, weights)
 
 

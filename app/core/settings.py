@@ -29,10 +29,10 @@ class Settings(BaseSettings):
     max_file_bytes: int = Field(default=512 * 2**20, gt=0)  # one uploaded file
     max_line_bytes: int = Field(default=4 * 2**20, gt=0)  # one line of a training file
     max_examples: int = Field(default=1_000_000, gt=0)  # lines of a training file
-    max_messages: int = Field(default=2048, gt=0)  # messages of one conversation
+    max_messages: int = Field(default=2048, gt=0)  # messages of one chat request
     max_n: int = Field(default=16, gt=0)  # choices of one chat completion
     max_completion_tokens: int = Field(default=16_384, gt=0)  # tokens one choice may ask for
-    max_project_storage_bytes: int = Field(default=2_500 * 10**9, gt=0)  # all files of one project
+    max_project_storage_bytes: int = Field(default=2_500 * 10**9, gt=0)  # one project, seen before uploads
 
     # Life of a job
     min_examples: int = Field(default=10, ge=1)  # fewer fail the job, as at OpenAI
@@ -45,7 +45,6 @@ class Settings(BaseSettings):
     trainer_idle_s: float = Field(default=1800.0, gt=0)  # a trainer silent for so long is ended
     trainer_grace_s: float = Field(default=5.0, gt=0)  # from asking a trainer to stop to ending it
     kept_checkpoints: int = Field(default=3, ge=1)  # per job, as at OpenAI
-    max_length_tokens: int = Field(default=2048, ge=16)  # examples are cut there unless the job says other
 
     # Chat
     first_word_s: float = Field(default=60.0, gt=0)  # no word by then: 503

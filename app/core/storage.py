@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ from typing import BinaryIO
 from app.core.errors import StorageFull
 from app.core.ids import random_name
 
+log = logging.getLogger(__name__)
 _KEY = re.compile(r"[a-z]+/[A-Za-z0-9_-]+")
 
 
@@ -90,13 +92,17 @@ class Storage:
         """The bytes of a file."""
         return self.path(key).open("rb")
 
-    def delete(self, key: str) -> None:
-        """Remove a file or folder; absent ones are no error."""
+    def delete(self, key: str) -> bool:
+        """Remove a file or folder; False when something of it is still there, to be tried again."""
         path = self.path(key)
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        try:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("%s cannot be removed: %s", key, error.strerror)
+        return not path.exists()
 
     def drop_stale(self, *, age_s: float) -> int:
         """Remove unpublished files nobody has written to for so long: their writer is gone."""
@@ -107,10 +113,6 @@ class Storage:
                     path.unlink()
                     count += 1
         return count
-
-    def free_bytes(self) -> int:
-        """Room left on the disk below."""
-        return shutil.disk_usage(self.root).free
 
 
 class _disk_full_as_error:  # noqa: N801 - reads as a verb at its call sites

@@ -57,8 +57,3 @@ class Entry:
 def decode(fields: dict[bytes, bytes]) -> Entry:
     """One entry of a reply stream."""
     return Entry(fields[b"id"].decode(), int(fields[b"number"]), WORDS.validate_json(fields[b"words"]))
-
-
-def ask_to_stop(client: redis.Redis, request_id: str) -> None:
-    """Tell all inference workers that nobody waits for this request any more."""
-    client.publish(CANCELS, request_id)

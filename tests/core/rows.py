@@ -53,6 +53,13 @@ class House:
         self.session.commit()
         return job
 
+    def ended_job(self) -> Job:
+        """A job nobody works on any more; what it made is its owner's to delete."""
+        job = self.job()
+        jobs.cancel_job(self.session, project_id=job.project_id, job_id=job.id)
+        self.session.commit()
+        return job
+
     def model(self, job: Job, *, uid: str = "abc", key: str = "weights/one", **kind: bool) -> TunedModel:
         """A tuned model with bytes in storage."""
         folder = self.storage.path(key)

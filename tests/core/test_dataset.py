@@ -124,7 +124,7 @@ def test_a_line_that_is_not_json_is_named(line: bytes, words: str) -> None:
         ),
         ({"messages": []}, " 'messages' must be a list with at least one message"),
         ({"messages": {"role": "user"}}, " 'messages' must be a list"),
-        ({"messages": None}, " 'messages' must be a list"),
+        ({"messages": None}, " has no 'messages'"),
         ({"messages": [USER]}, " has no assistant message"),
         (
             {**GOOD, "extra": 1},
@@ -132,7 +132,6 @@ def test_a_line_that_is_not_json_is_named(line: bytes, words: str) -> None:
         ),
         ({**GOOD, "functions": []}, " has the retired key 'functions'; use 'tools'"),
         ({**GOOD, "parallel_tool_calls": "yes"}, " has a 'parallel_tool_calls' that is neither"),
-        ({**GOOD, "tools": []}, " 'tools' must be a list of 1 to 128 tools"),
         ({**GOOD, "tools": [TOOL] * 129}, " 'tools' must be a list of 1 to 128 tools"),
         ({**GOOD, "tools": [{"type": "function"}]}, " tools[0].function.name must be"),
         ({**GOOD, "tools": [TOOL, {"type": "code"}]}, " tools[1] must be an object with type 'function'"),
@@ -266,3 +265,11 @@ def test_any_bytes_give_examples_or_a_dataset_error(lines: list[bytes]) -> None:
         assert error.example is not None
     else:
         assert all(example.messages for example in examples)
+
+
+def test_nulls_and_no_tools_are_as_good_as_absent() -> None:
+    answer = {**ANSWER, "function_call": None, "tool_calls": None, "weight": None, "name": None}
+    line = {"messages": [USER, answer], "tools": [], "functions": None, "parallel_tool_calls": None}
+    (example,) = read_examples([json.dumps(line).encode()])
+    assert example.messages == [USER, ANSWER]
+    assert example.tools is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from datetime import timedelta
 from typing import Any
 
@@ -15,7 +16,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from app.core import attempts, housekeeping
 from app.core.attempts import Attempt
 from app.core.db import utc_now
-from app.core.housekeeping import Swept, sweep
+from app.core.housekeeping import Swept, purge, sweep
 from app.core.settings import Settings
 from app.core.status import JobStatus
 from app.core.tables import File, Job
@@ -29,6 +30,12 @@ def clean(house: House) -> Swept | None:
     swept = sweep(house.session, house.storage, house.sender, SETTINGS)
     house.session.commit()
     return swept
+
+
+def remove(house: House) -> int:
+    removed = purge(house.session, house.storage)
+    house.session.commit()
+    return removed
 
 
 def age(house: House, **values: Any) -> None:
@@ -127,8 +134,25 @@ def test_expired_files_go_with_their_bytes(house: House) -> None:
     file = house.file(expires_after_s=3600)
     house.session.execute(update(File).values(expires_at=utc_now() - AGO))
     house.session.commit()
-    assert clean(house) == Swept(expired=1, purged=1)
+    assert clean(house) == Swept(expired=1)
+    assert remove(house) == 1
     assert not house.storage.path(file.storage_key).exists()
+    assert remove(house) == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a file that the kernel keeps from everybody")
+def test_bytes_that_cannot_be_removed_stop_nothing_and_are_tried_again(house: House) -> None:
+    stuck, other = house.file(), house.file()
+    weights = house.storage.root / "weights"
+    weights.rmdir()
+    weights.symlink_to("/proc")
+    house.session.execute(update(File).values(deleted_at=utc_now()))
+    house.session.execute(update(File).where(File.id == stuck.id).values(storage_key="weights/version"))
+    house.session.commit()
+    assert remove(house) == 1
+    assert not house.storage.path(other.storage_key).exists()
+    house.session.refresh(stuck)
+    assert stuck.purged_at is None
 
 
 def test_one_process_at_a_time_keeps_house(house: House, sessions: sessionmaker[Session]) -> None:

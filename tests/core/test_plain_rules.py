@@ -57,7 +57,7 @@ def test_auto_trains_longer_on_little_data_and_wider_on_much() -> None:
     assert epochs == sorted(epochs, reverse=True)
     batches = [hyperparameters.auto_batch_size(size) for size in sizes]
     assert batches == sorted(batches)
-    assert (batches[0], batches[-1]) == (1, 32)
+    assert (batches[0], batches[-1]) == (1, 16)
 
 
 def test_numbers_the_user_gave_stay_but_no_batch_exceeds_the_data() -> None:

@@ -14,15 +14,11 @@ from tests.core.rows import CATALOGUE, House, make_caller
 
 
 def resolve(house: House, name: str) -> ServedModel:
-    return served_models.resolve(
-        house.session, house.storage, CATALOGUE, project_id=house.caller.project_id, name=name
-    )
+    return served_models.resolve(house.session, CATALOGUE, project_id=house.caller.project_id, name=name)
 
 
 def names(house: House) -> list[str]:
-    rows = served_models.list_models(
-        house.session, house.storage, CATALOGUE, project_id=house.caller.project_id
-    )
+    rows = served_models.list_models(house.session, CATALOGUE, project_id=house.caller.project_id)
     return [row.id for row in rows]
 
 
@@ -47,7 +43,7 @@ def test_base_and_tuned_models_are_listed_and_checkpoints_found_by_name(house: H
     weights = resolve(house, checkpoint.id).tuned
     assert weights is not None
     assert (weights.id, weights.kind) == ("two", WeightsKind.LORA)
-    assert weights.path == str(house.storage.path("weights/two"))
+    assert weights.path == "weights/two"
 
 
 def test_a_full_job_makes_full_weights(house: House) -> None:
@@ -81,7 +77,7 @@ def test_a_base_model_cannot_be_deleted(house: House) -> None:
 
 
 def test_weights_go_when_the_last_name_that_shares_them_goes(house: House) -> None:
-    job = house.job()
+    job = house.ended_job()
     final = house.model(job, uid="final")
     checkpoint = house.model(job, uid="final:ckpt-step-1", is_checkpoint=True)
     folder = house.storage.path(final.storage_key)
@@ -96,7 +92,7 @@ def test_weights_go_when_the_last_name_that_shares_them_goes(house: House) -> No
 
 
 def test_a_model_an_open_job_starts_from_is_kept(house: House) -> None:
-    model = house.model(house.job())
+    model = house.model(house.ended_job())
     job = house.job(model=model.id)
     with pytest.raises(InvalidRequest, match=job.id) as caught:
         delete(house, model.id)
@@ -106,6 +102,13 @@ def test_a_model_an_open_job_starts_from_is_kept(house: House) -> None:
     delete(house, model.id)
     with pytest.raises(NotFound):
         resolve(house, model.id)
+
+
+def test_a_model_is_kept_while_its_job_still_makes_it(house: House) -> None:
+    job = house.job()
+    model = house.model(job, is_checkpoint=True)
+    with pytest.raises(InvalidRequest, match=job.id):
+        delete(house, model.id)
 
 
 def test_a_job_on_a_tuned_model_keeps_its_shape(house: House) -> None:

@@ -12,7 +12,7 @@ from app.core import presence
 from app.core.completions import Delta, Failed, Finished, FinishReason, Word
 from app.core.queue import SOCKET_OPTIONS, Sender, Task, inference_queue, make_celery
 from app.core.settings import Settings
-from app.core.token_stream import CANCELS, Entry, WordWriter, ask_to_stop, decode, reply_stream
+from app.core.token_stream import CANCELS, Entry, WordWriter, decode, reply_stream
 from tests.core.rows import make_sender
 
 WORDS: list[Word] = [
@@ -37,7 +37,7 @@ def test_a_cancel_reaches_whoever_listens(client: redis.Redis) -> None:
     with client.pubsub(ignore_subscribe_messages=True) as listener:  # type: ignore[no-untyped-call]
         listener.subscribe(CANCELS)
         listener.get_message(timeout=1)
-        ask_to_stop(client, "r1")
+        client.publish(CANCELS, "r1")
         message = listener.get_message(timeout=5)
     assert message is not None
     assert message["data"] == b"r1"

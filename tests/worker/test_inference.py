@@ -28,7 +28,7 @@ from app.core.completions import (
 from app.core.queue import Queue, Sender, Task, inference_queue, make_celery
 from app.core.redis_client import make_redis
 from app.core.settings import Settings
-from app.core.token_stream import ask_to_stop, decode, reply_stream
+from app.core.token_stream import CANCELS, decode, reply_stream
 from tests.worker.desk import wait_for
 
 ROOT = Path(__file__).parents[2]
@@ -156,7 +156,7 @@ def test_a_request_past_its_time_or_not_a_request_is_dropped(client: Client) -> 
 def test_a_client_that_leaves_gets_no_more_words(client: Client) -> None:
     client.ask("left", sampling=Sampling(max_tokens=400, temperature=1.5, seed=3))
     wait_for(lambda: client.words("left"))
-    ask_to_stop(client.redis, "left")
+    client.redis.publish(CANCELS, "left")
     time.sleep(0.3)
     count = len(client.words("left"))
     time.sleep(0.3)
@@ -168,7 +168,7 @@ def test_a_client_that_leaves_gets_no_more_words(client: Client) -> None:
 
 
 def test_a_cancel_that_overtakes_its_request_is_heeded(client: Client) -> None:
-    ask_to_stop(client.redis, "early")
+    client.redis.publish(CANCELS, "early")
     time.sleep(0.3)
     client.ask("early")
     client.ask("later")

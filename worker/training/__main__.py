@@ -55,8 +55,8 @@ class Lines:
 
 def main() -> None:
     """Answer specs until stdin closes."""
-    # Before torch loads OpenMP: threads that wait for each other sleep instead of spinning. Cores are shared
-    # with database and clients here, and spinning against one busy neighbour makes a step ten times slower.
+    # Before torch loads OpenMP: threads that wait for each other sleep instead of spinning. Cores may be
+    # shared with a database and clients, whom a spinning thread would keep from the work it waits for.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides

@@ -6,30 +6,49 @@ Knows the JSONL format through `app.core.dataset` and tokens through the chat te
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from app.core.dataset import DatasetError, read_examples, read_lines
+from app.core.dataset import DatasetError, Example, read_examples, read_lines
 from worker.chat_template import ChatTemplate, ChatTemplateError, TokenizedExample
 from worker.training.errors import TrainingError
-from worker.training.words import Log
+from worker.training.pulse import Pulse
+from worker.training.words import Log, Working
+
+_HIDDEN_CALLS = (
+    "This base model's chat template does not show tool calls to the model, so assistant messages that "
+    "only call tools are not trained."
+)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Split:
     """The examples of one file, ready to train on, and what had to be done to them."""
 
-    examples: list[TokenizedExample]
+    examples: list[TokenizedExample] = field(default_factory=list)
     cut: int = 0  # examples shortened to the limit
     dropped: int = 0  # examples without a single trained token left
     deaf_tools: int = 0  # examples whose tools the chat template does not show to the model
+    hidden_calls: int = 0  # examples with messages of tool calls alone, which it does not show either
 
     @property
     def tokens(self) -> int:
         return sum(len(example.ids) for example in self.examples)
+
+    def add(self, example: Example, template: ChatTemplate, max_length: int) -> None:
+        """Tokenise one more example, cut at `max_length` tokens."""
+        self.deaf_tools += bool(example.tools) and not template.supports_tools
+        self.hidden_calls += any(template.hides(message) for message in example.messages)
+        tokens = template.encode_example(example.messages, example.tools)
+        self.cut += len(tokens.ids) > max_length
+        tokens = TokenizedExample(tokens.ids[:max_length], tokens.is_label[:max_length])
+        if any(tokens.is_label[1:]):  # nothing precedes the first token, so it cannot be predicted
+            self.examples.append(tokens)
+        else:
+            self.dropped += 1
 
     def warnings(self, name: str, max_length: int) -> Iterator[Log]:
         """One warning for each thing that was done to examples of the file called `name`."""
@@ -51,6 +70,11 @@ class Split:
                 message=f"{self.deaf_tools} example(s) of the {name} file have tools, which this base "
                 "model's chat template does not show to the model.",
             )
+        if self.hidden_calls:
+            yield Log(
+                level="warn",
+                message=f"{_HIDDEN_CALLS} This concerns {self.hidden_calls} example(s) of the {name} file.",
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,33 +92,28 @@ class FlatBatch:
     labels: torch.Tensor  # (N,) int64, that next token
 
 
-def read_split(path: str | Path, param: str, template: ChatTemplate, max_length: int) -> Split:
-    """Tokenise every example of a file, cut at `max_length` tokens.
+def read_split(
+    path: str | Path, param: str, *, template: ChatTemplate, max_length: int, max_line_bytes: int
+) -> Generator[Working, None, Split]:
+    """Tokenise every example of a file, cut at `max_length` tokens, with signs of life on the way.
 
     `param` is the job's field the file came from. Raises TrainingError when nothing is left to train on.
     """
-    examples: list[TokenizedExample] = []
-    cut = dropped = deaf_tools = number = 0
+    split, pulse = Split(), Pulse(param)
+    number = 0
     try:
         with Path(path).open("rb") as file:
-            for example in read_examples(read_lines(file)):
-                number += 1
-                deaf_tools += bool(example.tools) and not template.supports_tools
-                tokens = template.encode_example(example.messages, example.tools)
-                cut += len(tokens.ids) > max_length
-                tokens = TokenizedExample(tokens.ids[:max_length], tokens.is_label[:max_length])
-                if any(tokens.is_label[1:]):  # nothing precedes the first token, so it cannot be predicted
-                    examples.append(tokens)
-                else:
-                    dropped += 1
+            lines = read_lines(file, max_line_bytes=max_line_bytes)
+            for number, example in enumerate(read_examples(lines), start=1):  # noqa: B007 told in the error
+                split.add(example, template, max_length)
+                yield from pulse.beat()
     except DatasetError as error:
-        raise TrainingError(f"invalid_{param}", error.message, param=param) from error
+        raise _invalid(param, error.message) from error
     except ChatTemplateError as error:
-        message = f"Example {number}: {error}"
-        raise TrainingError(f"invalid_{param}", message, param=param) from error
-    if not examples:
-        raise TrainingError("no_trainable_tokens", _nothing_left(param, max_length), param=param)
-    return Split(examples, cut, dropped, deaf_tools)
+        raise _invalid(param, f"Example {number}: {error}") from error
+    if not split.examples:
+        raise TrainingError("no_trainable_tokens", _nothing_left(param, split, max_length), param=param)
+    return split
 
 
 def epoch_batches(
@@ -169,8 +188,15 @@ def _shared_tokens(batch: Sequence[TokenizedExample]) -> int:
     return min(next(differ, len(shortest)), *first_rows)
 
 
-def _nothing_left(param: str, max_length: int) -> str:
-    return (
+def _invalid(param: str, what: str) -> TrainingError:
+    """In the words in which a file is refused before its job is queued."""
+    message = f"The job failed due to an invalid {param.replace('_', ' ')}. {what}"
+    return TrainingError(f"invalid_{param}", message, param=param)
+
+
+def _nothing_left(param: str, split: Split, max_length: int) -> str:
+    text = (
         f"No example of {param} has a trained token within its first {max_length} tokens. Raise "
         "luthier.max_length, shorten what precedes the assistant's messages, or set their weight to 1."
     )
+    return f"{text} {_HIDDEN_CALLS}" if split.hidden_calls else text

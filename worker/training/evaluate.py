@@ -6,13 +6,15 @@ Knows no optimizer; it leaves weights, gradients and random states as they were.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
 import torch
 
 from worker.chat_template import TokenizedExample
 from worker.training.data import micro_batches, sample_examples
 from worker.training.model import TunedModel
+from worker.training.pulse import Pulse
+from worker.training.words import Working
 
 SAMPLE_EXAMPLES = 16  # a few per cent of noise at 115 tokens each, for a second of a laptop's time
 SAMPLES_PER_EPOCH = 4
@@ -27,28 +29,35 @@ class Validator:
         self._rest = [example for index, example in enumerate(examples) if index not in chosen]
         self._interval = max(1, steps_per_epoch // SAMPLES_PER_EPOCH)
 
-    def measure(self, tuned: TunedModel, step: int, *, epoch_end: bool) -> dict[str, float]:
+    def measure(
+        self, tuned: TunedModel, step: int, *, epoch_end: bool
+    ) -> Generator[Working, None, dict[str, float]]:
         """The fields of `Metrics` that are due after `step`; empty where nothing is due.
 
         The full pass at an epoch's end contains the sample, so nothing is computed twice.
         """
         if not self._sample or not (epoch_end or step % self._interval == 0):
             return {}
-        sample = _score(tuned, self._sample)
+        pulse = Pulse("validation")
+        sample = yield from _score(tuned, self._sample, pulse)
         measured = _named("valid", sample)
         if epoch_end:
-            measured |= _named("full_valid", sample + _score(tuned, self._rest))
+            rest = yield from _score(tuned, self._rest, pulse)
+            measured |= _named("full_valid", sample + rest)
         return measured
 
 
-def _score(tuned: TunedModel, examples: Sequence[TokenizedExample]) -> torch.Tensor:
+def _score(
+    tuned: TunedModel, examples: Sequence[TokenizedExample], pulse: Pulse
+) -> Generator[Working, None, torch.Tensor]:
     """Summed loss, right tokens and labels of `examples`, as a float64 vector of 3."""
     totals = torch.zeros(3, dtype=torch.float64)
     tuned.model.train(False)
-    with torch.no_grad():
-        for part in micro_batches(examples, tuned.max_tokens):
+    for part in micro_batches(examples, tuned.max_tokens):
+        with torch.no_grad():  # never across a word: whoever listens would compute without gradients too
             loss, correct, labels = tuned.sums(part)
-            totals += torch.tensor([loss.item(), correct.item(), labels], dtype=torch.float64)
+        totals += torch.tensor([loss.item(), correct.item(), labels], dtype=torch.float64)
+        yield from pulse.beat()
     tuned.model.train()
     return totals
 

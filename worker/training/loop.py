@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from worker.base_model import pick_device
 from worker.chat_template import ChatTemplate, TokenizedExample
 from worker.training.checkpoint import write_checkpoint
 from worker.training.data import Split, epoch_batches, label_count, micro_batches, read_split
-from worker.training.errors import TrainingError, is_out_of_memory, out_of_memory
+from worker.training.errors import TrainingError, failure_of
 from worker.training.evaluate import Validator
 from worker.training.model import TunedModel, WarmBase, tuned_model
 from worker.training.words import (
@@ -43,25 +43,33 @@ def train(spec: TrainSpec, warm: WarmBase | None = None) -> Iterator[TrainWord]:
     try:
         yield from _attempt(spec, warm)
         return
-    except TrainingError as error:
-        failed = error.word
     except Exception as error:
-        if not is_out_of_memory(error):
+        failed = failure_of(error)
+        if failed is None:
             raise
-        failed = out_of_memory()
     yield failed
 
 
 def _attempt(spec: TrainSpec, warm: WarmBase) -> Iterator[TrainWord]:
     template = ChatTemplate(warm.tokenizer(spec.base_model_dir), spec.chat_template)
-    training = read_split(spec.training_file, "training_file", template, spec.max_length)
-    yield from training.warnings("training", spec.max_length)
-    validation = Split([])
+    training = yield from _read(spec, "training_file", template)
+    validation = Split()
     if spec.validation_file is not None:
-        validation = read_split(spec.validation_file, "validation_file", template, spec.max_length)
-        yield from validation.warnings("validation", spec.max_length)
+        validation = yield from _read(spec, "validation_file", template)
     with tuned_model(spec, warm) as tuned:
         yield from _epochs(spec, tuned, training, validation.examples)
+
+
+def _read(spec: TrainSpec, param: str, template: ChatTemplate) -> Generator[TrainWord, None, Split]:
+    split = yield from read_split(
+        getattr(spec, param),
+        param,
+        template=template,
+        max_length=spec.max_length,
+        max_line_bytes=spec.max_line_bytes,
+    )
+    yield from split.warnings(param.removesuffix("_file"), spec.max_length)
+    return split
 
 
 def _epochs(
@@ -71,12 +79,7 @@ def _epochs(
     total_steps = spec.n_epochs * steps_per_epoch
     optimizer = _optimizer(tuned.parameters, spec.learning_rate)
     validator = Validator(validation, seed=spec.seed, steps_per_epoch=steps_per_epoch)
-    yield Started(
-        total_steps=total_steps,
-        trainable_parameters=sum(weight.numel() for weight in tuned.parameters),
-        trained_tokens_per_epoch=training.tokens,
-        device=str(tuned.device),
-    )
+    yield Started()
     started = time.monotonic()
     step = tokens_seen = 0
     for epoch in range(1, spec.n_epochs + 1):
@@ -87,12 +90,8 @@ def _epochs(
             epoch_end = step == epoch * steps_per_epoch
             tokens = sum(len(example.ids) for example in batch)
             tokens_seen += tokens
-            metrics = Metrics(
-                step=step,
-                train_loss=loss,
-                train_mean_token_accuracy=accuracy,
-                **validator.measure(tuned, step, epoch_end=epoch_end),
-            )
+            measured = yield from validator.measure(tuned, step, epoch_end=epoch_end)
+            metrics = Metrics(step=step, train_loss=loss, train_mean_token_accuracy=accuracy, **measured)
             elapsed_s = time.monotonic() - started
             yield StepDone(
                 metrics=metrics,
@@ -105,7 +104,7 @@ def _epochs(
             )
             if epoch_end or (spec.checkpoint_interval and step % spec.checkpoint_interval == 0):
                 dir = write_checkpoint(Path(spec.output_dir), step, tuned.save)
-                yield CheckpointReady(metrics=metrics, epoch=epoch, dir=str(dir), final=step == total_steps)
+                yield CheckpointReady(metrics=metrics, dir=str(dir))
     yield Finished(trained_tokens=training.tokens * spec.n_epochs, steps=total_steps)
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
+from transformers.pytorch_utils import Conv1D
 
 from worker.base_model import compute_dtype, load_base_model, load_tokenizer
 from worker.chat_template import TokenizedExample
@@ -127,6 +128,8 @@ def tuned_model(spec: TrainSpec, warm: WarmBase) -> Iterator[TunedModel]:
         yield TunedModel(_full(spec, warm), None, spec, warm)
         return
     base = warm.take(spec.base_model_dir, quantize_4bit=spec.adapter is Adapter.QLORA)
+    if spec.start_from_dir is None:
+        _check_target_modules(base, spec.target_modules)
     peft = None
     try:
         peft = _with_lora(base, spec)
@@ -155,7 +158,25 @@ def _with_lora(base: PreTrainedModel, spec: TrainSpec) -> PeftModel:
             return get_peft_model(base, _lora_config(spec))
         if not (Path(spec.start_from_dir) / ADAPTER_CONFIG).exists():
             raise _wrong_start("a whole model", spec.adapter)
-        return PeftModel.from_pretrained(base, spec.start_from_dir, is_trainable=True)
+        config = LoraConfig.from_pretrained(spec.start_from_dir)
+        config.lora_dropout = spec.dropout  # of this run; rank, alpha and layers are the adapter's shape
+        return PeftModel.from_pretrained(base, spec.start_from_dir, is_trainable=True, config=config)
+
+
+def _check_target_modules(base: PreTrainedModel, wanted: Sequence[str]) -> None:
+    """Name what peft would refuse without a cure, or pass over in silence beside a name it knows."""
+    head = base.get_output_embeddings()
+    linear = (torch.nn.Linear, Conv1D)
+    layers = [name for name, m in base.named_modules() if isinstance(m, linear) and m is not head]
+    unknown = [name for name in wanted if not any(f".{layer}".endswith(f".{name}") for layer in layers)]
+    if unknown:
+        known = ", ".join(dict.fromkeys(layer.rpartition(".")[2] for layer in layers))
+        raise TrainingError(
+            "invalid_value",
+            "luthier.target_modules names no linear layer of this model's blocks: "
+            f"{', '.join(map(repr, unknown))}. Its layers are {known}.",
+            param="luthier.target_modules",
+        )
 
 
 def _lora_config(spec: TrainSpec) -> LoraConfig:

@@ -36,6 +36,7 @@ class TrainSpec(Wire):
     start_from_dir: str | None = None  # a tuned model's folder to go on from
     training_file: str
     validation_file: str | None = None
+    max_line_bytes: int = 4 * 2**20  # the longest line of these files, as it was validated
     output_dir: str  # the attempt's own folder; nothing is written outside it
     adapter: Adapter = Adapter.QLORA
     rank: int = 16
@@ -73,10 +74,13 @@ class Started(Wire):
     """Data and model are ready; the first step comes next."""
 
     word: Literal["started"] = "started"
-    total_steps: int
-    trainable_parameters: int
-    trained_tokens_per_epoch: int  # tokens the model reads in one epoch, after cutting
-    device: str
+
+
+class Working(Wire):
+    """Long work without steps goes on. Said every few seconds, so that silence means that nothing moves."""
+
+    word: Literal["working"] = "working"
+    section: str  # what is worked on: "training_file", "validation_file" or "validation"
 
 
 class StepDone(Wire):
@@ -97,9 +101,7 @@ class CheckpointReady(Wire):
 
     word: Literal["checkpoint"] = "checkpoint"
     metrics: Metrics
-    epoch: int
     dir: str
-    final: bool  # the last one: the tuned model itself
 
 
 class Log(Wire):
@@ -121,7 +123,7 @@ class Failed(Wire):
 
 
 class Finished(Wire):
-    """The attempt is complete; the last checkpoint was final."""
+    """The attempt is complete; the last checkpoint is the tuned model."""
 
     word: Literal["finished"] = "finished"
     trained_tokens: int
@@ -129,6 +131,7 @@ class Finished(Wire):
 
 
 TrainWord = Annotated[
-    Ready | Started | StepDone | CheckpointReady | Log | Failed | Finished, Field(discriminator="word")
+    Ready | Started | Working | StepDone | CheckpointReady | Log | Failed | Finished,
+    Field(discriminator="word"),
 ]
 TRAIN_WORD: TypeAdapter[TrainWord] = TypeAdapter(TrainWord)

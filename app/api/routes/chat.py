@@ -112,7 +112,7 @@ def _check_work(sampling: Sampling, context: Context, model: ServedModel) -> Non
 def _prepare(context: Context, project_id: str, body: CreateChatCompletion) -> tuple[Sampling, ServedModel]:
     sampling = check(body, context.settings)
     with context.sessions() as session:
-        model = resolve(session, context.storage, context.catalogue, project_id=project_id, name=body.model)
+        model = resolve(session, context.catalogue, project_id=project_id, name=body.model)
     _check_work(sampling, context, model)
     return sampling, model
 

@@ -15,18 +15,14 @@ router = APIRouter(prefix="/v1/models", tags=["models"])
 @router.get("")
 def list_models(caller: CallerDep, context: ContextDep, session: SessionDep) -> ModelList:
     """List base models and the project's tuned models."""
-    found = served_models.list_models(
-        session, context.storage, context.catalogue, project_id=caller.project_id
-    )
+    found = served_models.list_models(session, context.catalogue, project_id=caller.project_id)
     return ModelList(data=[model_object(model) for model in found])
 
 
 @router.get("/{model:path}")
 def retrieve_model(model: Id, caller: CallerDep, context: ContextDep, session: SessionDep) -> ModelObject:
     """Get a model."""
-    found = served_models.resolve(
-        session, context.storage, context.catalogue, project_id=caller.project_id, name=model
-    )
+    found = served_models.resolve(session, context.catalogue, project_id=caller.project_id, name=model)
     return model_object(found)
 
 
