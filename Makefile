@@ -7,6 +7,7 @@ PYTHON := python3 python3.13 python3.12 python3.11
 EXTRAS := api worker
 VENV := .venv
 RUN := $(VENV)/bin/python -m
+WEIGHTS := $(VENV)/models/smollm2-135m-instruct/luthier.json
 PIP := $(RUN) pip --disable-pip-version-check install --no-input -c $(VENV)/constraints.txt
 
 help: ## print this list
@@ -18,7 +19,7 @@ demo: $(VENV)/run.stamp ## fine-tune the built-in model on the example data and 
 up: $(VENV)/run.stamp ## run everything on this machine until Ctrl-C
 	@$(VENV)/bin/luthier up
 
-setup: $(VENV)/dev.stamp ## install all that development needs into .venv
+setup: $(VENV)/dev.stamp $(WEIGHTS) ## install all that development needs into .venv
 
 check: $(VENV)/dev.stamp ## formatting, lint, types and import rules, as CI runs them
 	$(RUN) ruff format --check .
@@ -30,11 +31,17 @@ fmt: $(VENV)/dev.stamp ## format and mend what can be mended
 	$(RUN) ruff format .
 	$(RUN) ruff check --fix .
 
-test: $(VENV)/dev.stamp ## all tests; ARGS='-k word' for some
+test: $(VENV)/dev.stamp $(WEIGHTS) ## all tests; ARGS='-k word' for some
 	$(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bare: | $(VENV)/bin/python ## prove each of the extras api and worker in an environment that holds nothing else
 	@sh tests/structure/bare.sh $(VENV)/bin/python $(EXTRAS)
+
+clients: $(VENV)/dev.stamp ## run the whole flow with older releases of the official client
+	$(RUN) tests.e2e.clients $(ARGS)
+
+bench-flow: $(VENV)/run.stamp ## measure how long a user waits at the seams of a job; ARGS='--runs 5'
+	$(VENV)/bin/python benchmarks/flow.py --data-dir build/bench-flow $(ARGS)
 
 migration: $(VENV)/dev.stamp ## draft a migration from the change in the tables; NAME='add x to y'
 	@$(RUN) migrations.draft "$(NAME)"
@@ -42,7 +49,7 @@ migration: $(VENV)/dev.stamp ## draft a migration from the change in the tables;
 clean: ## remove the environment and what tools left; data stays
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 
-.PHONY: help demo up setup check fmt test bare migration clean
+.PHONY: help demo up setup check fmt test bare clients bench-flow migration clean
 
 # A stamp is as old as the installation it stands for.
 $(VENV)/run.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
@@ -52,6 +59,11 @@ $(VENV)/run.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/dev.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@$(call install,api$(,)worker$(,)embedded$(,)dev)
 	@touch $@ $(VENV)/run.stamp
+
+# The tests contact nothing but this machine, so the weights of the built-in model are there before them.
+$(WEIGHTS): app/core/catalogue.toml | $(VENV)/dev.stamp
+	@$(VENV)/bin/luthier models pull smollm2-135m-instruct --data-dir $(VENV)
+	@touch $@
 
 , := ,
 KEPT_TORCH := import importlib.metadata as m, sys; \

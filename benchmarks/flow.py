@@ -42,7 +42,8 @@ def main() -> None:
         runs = [one_job(client, file.id) for _ in range(options.runs)]
         show("create → running, validation included", [run[0] for run in runs])
         show("succeeded → first word of the new model", [run[1] for run in runs])
-        api = [p for p in psutil.Process(pid).children(recursive=True) if p.cmdline()[-1] == "api"]
+        below = psutil.Process(pid).children(recursive=True)
+        api = [process for process in below if process.cmdline()[-1:] == ["api"]]
         rss = max(process.memory_info().rss for process in api)
         print(f"memory of the API process: {rss / 2**20:.0f} MB")
 
@@ -107,7 +108,8 @@ def service(data_dir: Path) -> Iterator[tuple[str, int]]:
             print(line, end="")
             if line.strip().startswith("base URL"):
                 yield line.split()[-1], process.pid
-                break
+                return
+        sys.exit("`luthier up` ended before it was ready; the lines above say why.")
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(timeout=60)

@@ -63,3 +63,22 @@ def session(sessions: sessionmaker[Session]) -> Iterator[Session]:
 def storage(tmp_path: Path) -> Storage:
     """Storage in a folder of the test."""
     return Storage(tmp_path / "storage")
+
+
+# Quick and telling folders first. The long files of tests/e2e come before those of tests/worker and
+# tests/processes, so that the second process of `make test` has work beside them to the end.
+_ORDER = (
+    *("structure", "core", "serving", "contract", "weights", "api", "training"),
+    *("e2e", "worker", "processes"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order the tests by what their folder costs; within a folder they stay as they are."""
+    here = Path(__file__).parent
+
+    def cost(item: pytest.Item) -> int:
+        folder = item.path.relative_to(here).parts[0]
+        return _ORDER.index(folder) if folder in _ORDER else len(_ORDER)
+
+    items.sort(key=cost)

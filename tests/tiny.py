@@ -25,6 +25,11 @@ CHAT_TEMPLATE = (
     "{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+_CALLS = CHAT_TEMPLATE[
+    CHAT_TEMPLATE.index("{% for call") : CHAT_TEMPLATE.index("{{ '<|im_end|>\n' }}{% endfor")
+]
+# Like SmolLM2's own: neither tools nor calls of them are shown.
+TOOLLESS_TEMPLATE = CHAT_TEMPLATE.replace(_CALLS, "").replace("{% if tools %}", "{% if false %}")
 _CORPUS = (
     "system user assistant tool You are a helpful assistant. What is the answer? The answer is yes.",
     '{"intent": "refund", "urgency": "high", "product": "kettle", "reply": "We are sorry to hear that."}',

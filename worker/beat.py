@@ -24,9 +24,13 @@ class Beat:
         self._thread.start()
 
     def stop(self) -> None:
-        """End after the call in progress."""
+        """No further call begins; returns at once, also when one is in progress."""
         self._stopped.set()
-        self._thread.join(timeout=5)
+
+    def join(self, *, timeout_s: float) -> None:
+        """After `stop`: wait for the call in progress."""
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
 
     def _run(self) -> None:
         while not self._stopped.is_set():

@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import redis
 import torch
 from pydantic import ValidationError
 
+from app.core import presence
 from app.core.base_models import BaseModelEntry, find_model_dir
 from app.core.completions import CompletionRequest, Failed, Finished, Word
-from app.core.token_stream import CANCELS, WordWriter
+from app.core.queue import Queue
+from app.core.token_stream import CANCELS, WordPost, WordWriter
 from worker.context import Context
-from worker.serving.engine import Engine, EngineLimits
+from worker.serving.adapters import ModelUnavailable
+from worker.serving.engine import STOPPED, Engine, EngineLimits
+from worker.serving.engines import Engines, StoppedError
+from worker.serving.loop import ENGINE_ERROR, unavailable
+from worker.serving.sequence import Emit
 
 log = logging.getLogger(__name__)
 _LONGEST_WAIT_S = 3600.0  # a request held longer than this is a bug; its thread must come free
+_LAST_WORDS_S = 5.0  # how long words may take to leave a process that ends
+_BROKEN = 70  # exit code, EX_SOFTWARE of sysexits.h: an engine has died
 _DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 _REMEMBERED = 1000  # cancelled ids: a cancel may overtake its request, which still waits in the queue
 
@@ -39,8 +49,8 @@ class Inference:
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        self._engines: dict[str, Engine] = {}
-        self._engines_lock = threading.Lock()  # held while a model loads
+        self._engines = Engines(self._load)
+        self._post = WordPost(context.redis)
         self._lock = threading.Lock()  # of the two tables below
         self._held: dict[str, _Held] = {}
         self._cancelled: OrderedDict[str, None] = OrderedDict()
@@ -70,7 +80,7 @@ class Inference:
         if len(ready) == 1 or self._context.settings.served_base_models:
             for name in ready:
                 try:
-                    self._engine(name)
+                    self._engines.open(name)
                 except Exception:  # one broken folder must not keep the other models from answering
                     log.exception("engine of %s did not start", name)
 
@@ -103,31 +113,80 @@ class Inference:
                 if message is not None:
                     self._cancel(message["data"].decode("utf-8", "replace"))
 
+    def end_if_broken(self) -> None:
+        """End this process when an engine has died, as a CUDA error never leaves a process.
+
+        Whoever started this one starts another. What runs on other engines hears that it was stopped.
+        """
+        names = self._engines.dead()
+        if not names:
+            return
+        log.critical("engine of %s is dead; this process ends", ", ".join(names))
+        self._stopping.set()
+        with suppress(redis.RedisError):  # then the entry ends by itself
+            presence.withdraw(self._context.redis, kind=Queue.INFERENCE, worker=self._context.worker)
+        last_words = threading.Thread(target=self.stop, name="last-words", daemon=True)
+        last_words.start()
+        last_words.join(_LAST_WORDS_S)  # a broken device may hold the other engines for good
+        os._exit(_BROKEN)  # no thread of this process can be trusted to end
+
     def stop_soon(self, *, drain_s: float) -> None:
         """Take no new requests; what runs may end within the time, the rest hears that it was stopped."""
+        if self._stopping.is_set():
+            return
         self._stopping.set()
         timer = threading.Timer(drain_s, self.stop)
         timer.daemon = True
         timer.start()
 
     def stop(self) -> None:
-        """End all engines; what still ran hears so."""
+        """End all engines; what still ran hears so, and the last words are out."""
         self._stopping.set()
         self._stopped.set()
-        with self._engines_lock:
-            for engine in self._engines.values():
-                engine.stop()
+        self._engines.stop()
+        self._post.flush(timeout_s=_LAST_WORDS_S)
 
     def _answer(self, request: CompletionRequest, held: _Held) -> None:
+        emit = self._emitter(request, held.done)
+        engine = held.engine = self._find_engine(request, emit)
+        if engine is None:
+            return
         try:
-            engine = held.engine = self._engine(request.base_model)
-            engine.submit(request, self._emitter(request, held.done))
-        except Exception:  # whatever keeps a model from answering, the one who asked must hear of it
-            log.exception("engine of %s did not start", request.base_model)
-            self._emitter(request, held.done)([_unavailable(request.base_model)])
+            engine.submit(self._with_folder(request), emit)
+        except ModelUnavailable as error:
+            log.error("weights of request %s: %s", request.id, error)
+            emit([unavailable(error)])
+            return
+        except Exception:  # whatever it is, the one who asked must hear of it
+            log.exception("request %s could not be submitted", request.id)
+            emit([ENGINE_ERROR])
             return
         held.done.wait(_LONGEST_WAIT_S)
         engine.cancel(request.id)  # the client may have gone before the engine knew of its request
+
+    def _find_engine(self, request: CompletionRequest, emit: Emit) -> Engine | None:
+        """The engine for a request; None once the one who asked has heard that there is none."""
+        try:
+            if self._stopping.is_set():
+                raise StoppedError
+            return self._engines.open(request.base_model)
+        except StoppedError:
+            emit([STOPPED])
+        except Exception:  # whatever keeps a model from answering
+            log.exception("engine of %s did not start", request.base_model)
+            emit([_not_loaded(request.base_model)])
+        return None
+
+    def _with_folder(self, request: CompletionRequest) -> CompletionRequest:
+        """The request with its weights' key in storage replaced by the folder. Raises ModelUnavailable."""
+        if request.tuned is None:
+            return request
+        try:
+            folder = self._context.storage.path(request.tuned.path)
+        except ValueError:  # what came by Redis must not choose folders
+            raise ModelUnavailable("its place in storage is not known") from None
+        tuned = request.tuned.model_copy(update={"path": str(folder)})
+        return request.model_copy(update={"tuned": tuned})
 
     def _cancel(self, request_id: str) -> None:
         with self._lock:
@@ -140,43 +199,32 @@ class Inference:
             if held.engine is not None:
                 held.engine.cancel(request_id)
 
-    def _engine(self, name: str) -> Engine:
-        with self._engines_lock:
-            if self._stopping.is_set():
-                raise RuntimeError("this worker is being stopped")
-            engine = self._engines.get(name)
-            if engine is None or not engine.alive:
-                entry = self._context.catalogue.find(name)
-                folder = None if entry is None else self._folder(entry)
-                if entry is None or folder is None:
-                    raise FileNotFoundError(f"weights of {name}")
-                settings = self._context.settings
-                dtype = _DTYPES[settings.inference_dtype]
-                limits = EngineLimits(
-                    max_batch=settings.max_batch,
-                    max_tokens_in_flight=settings.max_tokens_in_flight,
-                    max_adapters=settings.max_adapters,
-                )
-                engine = Engine(folder, chat_template=entry.chat_template, limits=limits, dtype=dtype)
-                engine.start()
-                self._engines[name] = engine
-                log.info("engine of %s started", name)
-            return engine
+    def _load(self, name: str) -> Engine:
+        entry = self._context.catalogue.find(name)
+        folder = None if entry is None else self._folder(entry)
+        if entry is None or folder is None:
+            raise FileNotFoundError(f"weights of {name}")
+        settings = self._context.settings
+        limits = EngineLimits(
+            max_batch=settings.max_batch,
+            max_tokens_in_flight=settings.max_tokens_in_flight,
+            max_adapters=settings.max_adapters,
+        )
+        dtype = _DTYPES[settings.inference_dtype]
+        engine = Engine(folder, chat_template=entry.chat_template, limits=limits, dtype=dtype)
+        log.info("engine of %s loaded", name)
+        return engine
 
-    def _folder(self, entry: BaseModelEntry) -> Any:
+    def _folder(self, entry: BaseModelEntry) -> Path | None:
         return find_model_dir(entry, self._context.settings.models_dir)
 
-    def _emitter(self, request: CompletionRequest, done: threading.Event) -> Callable[[list[Word]], None]:
-        writer = WordWriter(self._context.redis, reply_to=request.reply_to, request_id=request.id)
+    def _emitter(self, request: CompletionRequest, done: threading.Event) -> Emit:
+        writer = WordWriter(reply_to=request.reply_to, request_id=request.id)
         left = request.sampling.n
 
         def emit(words: list[Word]) -> None:
             nonlocal left
-            try:
-                writer.publish(words)
-            except redis.RedisError as error:
-                # The API notices the gap and answers for us; the engine's loop must not stop for this.
-                log.warning("words of %s lost: %s", request.id, type(error).__name__)
+            self._post.put(writer.entry(words))
             left -= sum(isinstance(word, Finished) for word in words)
             if left <= 0 or any(isinstance(word, Failed) for word in words):
                 done.set()
@@ -184,6 +232,6 @@ class Inference:
         return emit
 
 
-def _unavailable(base_model: str) -> Failed:
+def _not_loaded(base_model: str) -> Failed:
     text = f"The model {base_model} could not be loaded. Try again later, or tell the operator."
     return Failed(status=503, code="model_not_loaded", message=text)

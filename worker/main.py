@@ -7,6 +7,7 @@ imports torch: only its child does.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,7 @@ from worker.beat import Beat
 from worker.context import Context, make_context
 
 log = logging.getLogger(__name__)
+_LAST_BEAT_S = 2.0  # how long all beats together may take to end
 
 
 @dataclass(slots=True)
@@ -32,7 +34,7 @@ class Role:
     concurrency: int
     about: Callable[[], dict[str, Any] | None]  # what it says of itself; None: not ready
     beats: list[Beat] = field(default_factory=list)
-    on_stopping: Callable[[], None] = lambda: None  # asked to stop; tasks still run
+    on_stopping: Callable[[], None] = lambda: None  # asked to stop, perhaps twice; tasks still run
     on_stopped: Callable[[], None] = lambda: None  # all tasks are done
 
 
@@ -92,6 +94,7 @@ def _inference(context: Context) -> Role:
     cancels = Beat("cancels", inference.listen_for_cancels, every_s=1.0)
 
     def about() -> dict[str, Any] | None:
+        inference.end_if_broken()
         names = inference.available()
         return {"base_models": names} if names else None
 
@@ -145,9 +148,13 @@ def _connect_signals(context: Context, queue: Queue, role: Role) -> None:
         role.on_stopping()
 
     def stopped(**_: Any) -> None:
-        role.on_stopped()
-        for beat in role.beats:
+        role.on_stopping()  # Celery may end without having said that it will
+        for beat in role.beats:  # first: none may start again what is ended now
             beat.stop()
+        role.on_stopped()
+        deadline = time.monotonic() + _LAST_BEAT_S
+        for beat in role.beats:
+            beat.join(timeout_s=max(0.0, deadline - time.monotonic()))
         try:
             presence.withdraw(context.redis, kind=queue, worker=context.worker)
         except Exception:  # the entry ends by itself

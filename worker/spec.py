@@ -42,7 +42,9 @@ def make_spec(context: Context, session: Session, job: Job) -> TrainSpec:
         n_epochs=numbers["n_epochs"],
         batch_size=numbers["batch_size"],
         learning_rate=hyperparameters.learning_rate(
-            numbers["learning_rate_multiplier"], adapter=options["adapter"]
+            numbers["learning_rate_multiplier"],
+            base_rate=entry.learning_rate,
+            adapter=options["adapter"],
         ),
         seed=job.seed,
         max_length=options["max_length"],

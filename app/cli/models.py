@@ -40,7 +40,7 @@ def pull_weights(data_dir: Path | None, name: str | None) -> None:
     if name is not None and catalogue.find(name) is None:
         raise CommandError(f"'{name}' is not in the catalogue; it holds {', '.join(catalogue.names)}.")
     with suppress(OSError):  # pulling says it better
-        settings.data_dir.expanduser().mkdir(mode=CLOSED, parents=True, exist_ok=True)
+        settings.data_dir.mkdir(mode=CLOSED, parents=True, exist_ok=True)
     for entry in catalogue.entries.values():
         if name in (None, entry.name):
             pull_one(entry, settings.models_dir)

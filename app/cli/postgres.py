@@ -103,9 +103,12 @@ def run_initdb(cluster: Path, password: str, *, user: str | None, sync: bool) ->
         )
         assert leash.stdin is not None
         assert leash.stdout is not None
-        with leash.stdin, leash.stdout:
-            text = leash.stdout.read().decode(errors="replace")
-        if leash.wait() != 0:
+        try:
+            with leash.stdin, leash.stdout:
+                text = leash.stdout.read().decode(errors="replace")
+        finally:
+            code = leash.wait()  # also when a stop interrupts: nothing is left running
+        if code != 0:
             raise CommandError(explain_initdb(text, cluster, user))
     finally:
         password_file.unlink(missing_ok=True)

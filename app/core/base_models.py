@@ -53,6 +53,7 @@ class BaseModelEntry(BaseModel):
     chat_template: str | None = None
     target_modules: tuple[str, ...] = ()
     adapter: Literal["qlora", "lora", "full"] = "qlora"
+    learning_rate: float = Field(default=2e-4, gt=0, lt=1)  # of adapters, at multiplier 1
 
     @field_validator("name")
     @classmethod

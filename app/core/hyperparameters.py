@@ -1,4 +1,4 @@
-"""Turns "auto" into numbers from the size of the data and what is trained. Pure.
+"""Turns "auto" into numbers from the size of the data, the base model and what is trained. Pure.
 
 The reasons stand in docs/hyperparameters.md.
 """
@@ -6,12 +6,10 @@ The reasons stand in docs/hyperparameters.md.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-Auto = Literal["auto"]
-
-# Rate at learning_rate_multiplier 1. Factors start at zero and need a larger rate than whole weights.
-BASE_LEARNING_RATE = {"qlora": 1e-3, "lora": 1e-3, "full": 5e-5}
+# Factors start at zero and are scaled down; whole weights stand that much less.
+FULL_SHARE = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +56,9 @@ def auto_batch_size(n_examples: int) -> int:
     return size
 
 
-def learning_rate(multiplier: float, *, adapter: str) -> float:
-    """The rate at its peak."""
-    return BASE_LEARNING_RATE[adapter] * multiplier
+def learning_rate(multiplier: float, *, base_rate: float, adapter: str) -> float:
+    """The rate at its peak. `base_rate` is the base model's own for adapters, from the catalogue."""
+    return multiplier * base_rate * (FULL_SHARE if adapter == "full" else 1.0)
 
 
 def _or_auto(value: Any, auto: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 
 from alembic import command
@@ -29,14 +30,19 @@ def downgrade(url: str, *, revision: str) -> None:
     command.downgrade(_config(url), revision)
 
 
+@lru_cache(maxsize=1)
+def _revisions() -> tuple[str | None, frozenset[str]]:
+    """The newest revision of this code, and all of them."""
+    scripts = ScriptDirectory.from_config(_config(""))
+    return scripts.get_current_head(), frozenset(script.revision for script in scripts.walk_revisions())
+
+
 def is_current(engine: Engine) -> bool:
     """Whether the database has the schema this code was written for, or a newer one it does not know.
 
     Newer is fine: a deployment migrates first, and old processes run on until they are replaced.
     """
-    scripts = ScriptDirectory.from_config(_config(""))
-    known = {script.revision for script in scripts.walk_revisions()}
-    head = scripts.get_current_head()
+    head, known = _revisions()
     with engine.connect() as connection:
         if not inspect(connection).has_table("alembic_version"):
             return False

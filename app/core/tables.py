@@ -73,7 +73,7 @@ class File(Base):
 
 
 class Job(Base):
-    """A fine-tuning job. `status`, `attempt`, `worker` and `lease_expires_at` change only in attempts.py."""
+    """A fine-tuning job. Workers change it through attempts.py, users through jobs.py."""
 
     __tablename__ = "jobs"
     __table_args__ = (

@@ -15,7 +15,7 @@ from app.core.completions import CompletionRequest, Delta, Finished, FinishReaso
 from app.core.presence import announce, withdraw
 from app.core.queue import inference_queue
 from app.core.redis_client import make_redis
-from app.core.token_stream import CANCELS, WordWriter
+from app.core.token_stream import CANCELS, WordWriter, publish_entries
 
 Script = Callable[[CompletionRequest], Sequence[Sequence[Word]]]
 
@@ -63,9 +63,9 @@ class InferenceWorker:
     def answer(self, request: CompletionRequest, words: Sequence[Word]) -> None:
         """Publish some words now."""
         if request.id not in self._writers:
-            writer = WordWriter(self.client, reply_to=request.reply_to, request_id=request.id)
+            writer = WordWriter(reply_to=request.reply_to, request_id=request.id)
             self._writers[request.id] = writer
-        self._writers[request.id].publish(words)
+        publish_entries(self.client, [self._writers[request.id].entry(words)])
 
     def run(self) -> None:
         """Take messages until stopped."""

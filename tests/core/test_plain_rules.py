@@ -67,9 +67,12 @@ def test_numbers_the_user_gave_stay_but_no_batch_exceeds_the_data() -> None:
 
 
 def test_factors_learn_faster_than_whole_weights() -> None:
-    rates = {name: hyperparameters.learning_rate(2.0, adapter=name) for name in ("qlora", "lora", "full")}
-    assert rates["qlora"] == rates["lora"] > rates["full"] > 0
-    assert rates["lora"] == 2 * hyperparameters.learning_rate(1.0, adapter="lora")
+    def rate(multiplier: float, adapter: str) -> float:
+        return hyperparameters.learning_rate(multiplier, base_rate=1e-3, adapter=adapter)
+
+    assert rate(1.0, "qlora") == rate(1.0, "lora") == 1e-3
+    assert rate(2.0, "lora") == 2e-3
+    assert 0 < rate(1.0, "full") < 1e-3
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from app.core import presence
 from app.core.completions import Delta, Failed, Finished, FinishReason, Word
 from app.core.queue import SOCKET_OPTIONS, Sender, Task, inference_queue, make_celery
 from app.core.settings import Settings
-from app.core.token_stream import CANCELS, Entry, WordWriter, decode, reply_stream
+from app.core.token_stream import CANCELS, Entry, WordPost, WordWriter, decode, publish_entries, reply_stream
 from tests.core.rows import make_sender
 
 WORDS: list[Word] = [
@@ -24,13 +24,47 @@ WORDS: list[Word] = [
 
 def test_words_come_back_as_they_were_sent_and_in_order(client: redis.Redis) -> None:
     stream = reply_stream("me")
-    first, second = (WordWriter(client, reply_to=stream, request_id=id) for id in ("r1", "r2"))
-    first.publish(WORDS)
-    second.publish(WORDS[:1])
-    first.publish(WORDS[1:])
+    first, second = (WordWriter(reply_to=stream, request_id=id) for id in ("r1", "r2"))
+    publish_entries(client, [first.entry(WORDS), second.entry(WORDS[:1])])
+    publish_entries(client, [first.entry(WORDS[1:])])
     entries = [decode(fields) for _, fields in client.xrange(stream)]  # type: ignore[union-attr]
     assert entries == [Entry("r1", 0, WORDS), Entry("r2", 0, WORDS[:1]), Entry("r1", 1, WORDS[1:])]
     assert 0 < client.ttl(stream) <= 3600  # type: ignore[operator]
+
+
+def test_words_given_to_the_post_arrive_in_order_and_a_flush_sees_them_out(client: redis.Redis) -> None:
+    stream = reply_stream("post")
+    post, writer = WordPost(client), WordWriter(reply_to=stream, request_id="r1")
+    for _ in range(300):
+        post.put(writer.entry(WORDS[:1]))
+    assert post.flush(timeout_s=20)
+    numbers = [decode(fields).number for _, fields in client.xrange(stream)]  # type: ignore[union-attr]
+    assert numbers == list(range(300))
+
+
+def test_a_broker_that_is_away_costs_words_but_no_time_and_is_named_once(
+    client: redis.Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    stream = reply_stream("away")
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()  # takes connections and never says a word
+        mute = redis.Redis(port=server.getsockname()[1], socket_timeout=0.2, retry=None)
+        post, writer = WordPost(mute), WordWriter(reply_to=stream, request_id="r1")
+        began = time.monotonic()
+        for _ in range(50):
+            post.put(writer.entry(WORDS[:1]))
+        assert time.monotonic() - began < 0.2
+        for _ in range(2):
+            post.put(writer.entry(WORDS[:1]))
+            assert post.flush(timeout_s=20)
+        mute.close()
+    assert caplog.text.count("words are lost") == 1
+    post._client = client  # it is back
+    post.put(writer.entry(WORDS[:1]))
+    assert post.flush(timeout_s=20)
+    [(_, fields)] = client.xrange(stream)  # type: ignore[misc, union-attr]
+    assert decode(fields).number == 52  # the gap shows
 
 
 def test_a_cancel_reaches_whoever_listens(client: redis.Redis) -> None:

@@ -34,7 +34,9 @@ def write_catalogue(folder: Path) -> Path:
     """A catalogue with one tiny model, built on the spot."""
     model = build_tiny_model(folder / "tiny")
     file = folder / "models.toml"
-    file.write_text(f'[models.tiny]\nsource = "file://{model}"\ncontext_length = 512\nlicence = "MIT"\n')
+    file.write_text(
+        f'[models.tiny]\nsource = "file://{model}"\ncontext_length = 512\nlicence = "MIT"\nlearning_rate = 1e-3\n'
+    )
     return file
 
 
@@ -45,6 +47,7 @@ def running_service(folder: Path, **settings: str) -> Iterator[Service]:
     if not catalogue.exists():
         write_catalogue(folder)
     variables = {"models_file": str(catalogue), "inference_models": "tiny", **settings}
+    variables.setdefault("inference_dtype", "float32")  # in it, batches give every row what it gets alone
     environment = {k: v for k, v in os.environ.items() if not k.startswith("LUTHIER_")}
     environment |= {f"LUTHIER_{name.upper()}": value for name, value in variables.items()}
     words = ["up", "--port", "0", "--data-dir", str(folder / "data"), "--api-key", KEY]

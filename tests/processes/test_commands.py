@@ -12,6 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from app.cli.process_commands import child_environment
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -159,6 +161,22 @@ def test_doctor_says_what_to_do_and_fails_where_something_is_missing(tmp_path: P
     assert "FAIL database    no URL -> set LUTHIER_DATABASE_URL, or start luthier up" in done.stdout
 
 
+def test_doctor_notes_a_variable_that_nothing_reads(tmp_path: Path) -> None:
+    done = luthier("doctor", "--data-dir", str(tmp_path), LUTHIER_PROT="1", LUTHIER_API_KEY="sk-12345678")
+    told = [line for line in done.stdout.splitlines() if "variables" in line]
+    assert told == [
+        "note variables   LUTHIER_PROT is unknown and has no effect -> did you mean LUTHIER_PORT?"
+    ]
+
+
+def test_parts_are_not_given_the_operators_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LUTHIER_API_KEY", "sk-12345678")
+    monkeypatch.setenv("LUTHIER_LOG_LEVEL", "DEBUG")
+    environment = child_environment({"LUTHIER_PORT": "1"})
+    assert "LUTHIER_API_KEY" not in environment
+    assert (environment["LUTHIER_LOG_LEVEL"], environment["LUTHIER_PORT"]) == ("DEBUG", "1")
+
+
 def test_help_needs_none_of_the_extras() -> None:
     script = (
         "import sys\n"
@@ -192,7 +210,9 @@ def test_a_missing_extra_is_named(tmp_path: Path) -> None:
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
         timeout=60,
     )
-    assert_refused(done, "torch is not installed; run pip install 'luthier[worker]'.")
+    assert_refused(
+        done, "torch is not installed; run `make setup`, or `pip install '.[worker]'` in the clone."
+    )
 
 
 def test_ctrl_c_while_it_starts_ends_everything(tmp_path: Path) -> None:

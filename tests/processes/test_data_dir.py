@@ -83,6 +83,14 @@ def test_a_folder_is_made_with_its_parents(tmp_path: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere root's PostgreSQL must get through")
+def test_a_new_folder_is_closed_to_other_users_and_an_old_one_is_left_as_it_is(tmp_path: Path) -> None:
+    assert stat.S_IMODE(prepare_data_dir(tmp_path / "new").stat().st_mode) == 0o700
+    (tmp_path / "old").mkdir(mode=0o755)
+    (tmp_path / "old").chmod(0o750)
+    assert stat.S_IMODE(prepare_data_dir(tmp_path / "old").stat().st_mode) == 0o750
+
+
 def test_a_file_in_the_place_of_the_folder_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CommandError, match="is not a folder; give another --data-dir"):

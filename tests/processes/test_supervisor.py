@@ -106,6 +106,32 @@ def test_a_large_log_is_moved_aside_and_goes_on(
     assert "line 199" in (tmp_path / "chatty.old.log").read_text()
 
 
+def test_a_log_that_cannot_be_copied_is_emptied_all_the_same(
+    supervisor: Supervisor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LARGEST_LOG_BYTES", 1000)
+    (tmp_path / "chatty.old.log").symlink_to("/dev/full")  # every write there finds no room
+    script = "i=0; while [ $i -lt 200 ]; do echo line $i; i=$((i+1)); done; sleep 600"
+    supervisor.start(shell("chatty", script, tmp_path))
+    tick_until(supervisor, lambda: not (tmp_path / "chatty.old.log").is_symlink())
+    assert (tmp_path / "chatty.log").stat().st_size < 1000
+
+
+def test_a_part_that_cannot_be_started_again_is_tried_later_and_the_others_live(
+    supervisor: Supervisor, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "FIRST_BACKOFF_S", 0.05)
+    supervisor.start(shell("living", "sleep 600", tmp_path))
+    supervisor.start(shell("dying", "exit 3", tmp_path / "logs"))
+    (tmp_path / "logs").rename(tmp_path / "aside")
+    (tmp_path / "logs").symlink_to("/dev/full")  # no log can be opened below it
+    tick_until(supervisor, lambda: caplog.text.count("part=dying cause=no start") >= 2)
+    assert supervisor.pid("living") is not None
+    starts = supervisor.starts("dying")
+    (tmp_path / "logs").unlink()
+    tick_until(supervisor, lambda: supervisor.starts("dying") > starts)
+
+
 def test_parts_end_in_the_opposite_order_of_their_start(supervisor: Supervisor, tmp_path: Path) -> None:
     for name in ("first", "second", "third"):
         script = f"trap 'echo {name} >> {tmp_path}/ends; exit 0' TERM; echo up; while :; do sleep 0.05; done"

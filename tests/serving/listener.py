@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from threading import Event
 
 from app.core.completions import CompletionRequest, Delta, Failed, Finished, Word
 
 PATIENCE_S = 30.0
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Return once the condition holds."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.005)
 
 
 class Listener:

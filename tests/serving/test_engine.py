@@ -8,7 +8,7 @@ import time
 import pytest
 
 from app.core.completions import FinishReason
-from tests.serving.listener import Listener
+from tests.serving.listener import Listener, until
 from worker.base_model import load_tokenizer
 from worker.chat_template import ChatTemplate
 
@@ -17,13 +17,6 @@ CONTEXT = 512
 
 def prompt_length(tiny_dir, request) -> int:
     return len(ChatTemplate(load_tokenizer(tiny_dir)).encode_prompt(request.messages))
-
-
-def until(condition) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in 20 s"
-        time.sleep(0.005)
 
 
 def test_an_answer_streams_and_ends_with_exact_counts(make_engine, make_request, ask, tiny_dir):

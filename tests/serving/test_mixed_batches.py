@@ -61,17 +61,18 @@ def make_group(tiny_dir: Path, **limits: int) -> tuple[ModelGroup, Intake]:
 
 @torch.inference_mode()
 def run(group: ModelGroup, intake: Intake, requests: list[CompletionRequest]) -> list[list[int]]:
-    """Answer all, one more request joining at each step; their ids."""
+    """Answer all, one more choice joining at each step; their ids."""
     completions = [intake.open(request) for request in requests]
-    waiting = list(completions)
+    choices = [(sequence, len(c.prompt_ids)) for c in completions for sequence in c.sequences]
+    waiting = [sequence for sequence, _ in choices]
     while waiting or not group.idle:
         if waiting:
-            group.queue.push(waiting.pop(0).sequences[0])
+            group.queue.push(waiting.pop(0))
         while sequence := group.admit():
             group.prefill(sequence)
         if group.rows:
             group.decode()
-    return [completion.sequences[0].ids[len(completion.prompt_ids) :] for completion in completions]
+    return [sequence.ids[start:] for sequence, start in choices]
 
 
 def mixed_requests(make_request, adapters: list[TunedWeights], count: int) -> list[CompletionRequest]:
@@ -96,6 +97,55 @@ def test_rows_sent_back_for_lack_of_memory_get_the_same_tokens(tiny_dir, make_re
     group, intake = make_group(tiny_dir, max_tokens=700)
     assert run(group, intake, requests) == [reference(request) for request in requests]
     assert group.preemptions > 0
+
+
+def test_a_choice_sent_back_does_not_begin_again_from_its_sibling(
+    tiny_dir, make_request, adapters, reference
+):
+    """The youngest choice comes back while the other still runs: it must not copy that one's prompt."""
+    group, intake = make_group(tiny_dir, max_tokens=1)  # raised to one context, 512 tokens
+    # Three rows fit up to 170 tokens each; the first request ends at 180, so that two may go on to 240.
+    start = len(intake.open(make_request("Hello")).prompt_ids)
+    first = make_request("Hello", max_tokens=180 - start)
+    pair = make_request("Hello", tuned=adapters[2], max_tokens=240 - start, n=2)
+    joined = []
+    prefill = group.prefill
+
+    def watch(sequence):
+        others = [other.completion for other in group.rows]
+        joined.append((sequence.made_tokens > 0, sequence.completion in others))
+        prefill(sequence)
+
+    group.prefill = watch
+    expected = reference(pair)
+    assert run(group, intake, [first, pair]) == [reference(first), expected, expected]
+    assert (True, True) in joined  # it did happen
+
+
+def test_a_sequence_that_gets_no_row_gives_its_adapter_and_its_place_back(
+    tiny_dir, make_request, adapters, monkeypatch
+):
+    group, intake = make_group(tiny_dir, max_adapters=1)
+    opened = [intake.open(make_request(tuned=tuned, n=2, max_tokens=2)) for tuned in adapters[:2]]
+
+    def no_memory(*_args, **_kwargs):
+        raise torch.OutOfMemoryError
+
+    with torch.inference_mode():
+        group.queue.push(opened[0].sequences[0])
+        group.prefill(group.admit())
+        group.queue.push(opened[0].sequences[1])
+        second = group.admit()
+        for layer in group.cache.slots:
+            monkeypatch.setattr(layer, "copy_row", no_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            group.prefill(second)
+        monkeypatch.undo()
+        assert len(group.cache.lengths) == len(group.rows) == 1
+        group.drop(opened[0])
+        assert not group.cache.lengths
+        group.queue.push(opened[1].sequences[0])
+        assert group.admit() is opened[1].sequences[0]  # the only place for adapters is free
 
 
 def test_adapters_leave_and_come_back_without_a_trace(tiny_dir, make_request, adapters, reference):

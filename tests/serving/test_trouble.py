@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from app.core.completions import TunedWeights, WeightsKind
+from tests.serving.listener import until
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -143,6 +145,15 @@ def test_an_engine_that_keeps_failing_is_dead_and_says_so(make_engine, make_requ
     assert ask(engine, make_request()).wait().failed.code == "engine_error"
 
 
+def test_an_engine_on_a_device_that_fails_every_prompt_is_dead_too(make_engine, make_request, ask):
+    engine = make_engine()
+    break_next_step(engine, times=3)
+    for _ in range(3):
+        assert ask(engine, make_request()).wait().failed.code == "engine_error"
+    engine._thread.join(10)
+    assert not engine.alive
+
+
 def test_a_whole_model_answers_beside_the_base_and_leaves_for_another(
     make_engine, make_request, ask, tmp_path
 ):
@@ -163,6 +174,41 @@ def test_a_whole_model_answers_beside_the_base_and_leaves_for_another(
     assert texts[1] == texts[3]
     assert len(set(texts)) == 3
     assert engine.stats().full_models == 1
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["read", "unreadable"])
+def test_a_whole_model_nobody_waits_for_any_more_leaves_its_place(
+    make_engine, make_request, ask, tmp_path, tiny_dir, fails
+):
+    """Its request goes while it is being read; the only place must not stay taken."""
+    left_dir = tmp_path / "left"
+    shutil.copytree(tiny_dir, left_dir)
+    if fails:
+        (left_dir / "model.safetensors").write_bytes(b"x")
+    left, wanted = (
+        TunedWeights(id=f"ft:{folder.name}", kind=WeightsKind.FULL, path=str(folder))
+        for folder in (left_dir, tiny_dir)
+    )
+    engine = make_engine(max_full_models=1)
+    may_read, models = threading.Event(), engine._loop.models
+    models._reader.submit(may_read.wait, 20)  # the disk is slow
+    ask(engine, make_request(id="gone", tuned=left))
+    until(lambda: models._loading)
+    engine.cancel("gone")
+    until(lambda: engine.stats().loading == 0)
+    may_read.set()
+    assert ask(engine, make_request(tuned=wanted, max_tokens=3)).wait().finished
+
+
+def test_all_who_wait_for_an_unreadable_model_hear_of_it(make_engine, make_request, ask, tmp_path):
+    engine = make_engine(max_full_models=1)
+    may_read = threading.Event()
+    engine._loop.models._reader.submit(may_read.wait, 20)
+    gone = TunedWeights(id="ft:gone", kind=WeightsKind.FULL, path=str(tmp_path / "gone"))
+    listeners = [ask(engine, make_request(tuned=gone)) for _ in range(3)]
+    until(lambda: engine.stats().loading == 3)
+    may_read.set()
+    assert [listener.wait().failed.code for listener in listeners] == ["model_unavailable"] * 3
 
 
 def test_a_whole_model_that_is_not_there_is_unavailable(make_engine, make_request, ask, tmp_path):

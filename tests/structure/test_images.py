@@ -16,13 +16,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import redis
 import yaml
 from fastapi.testclient import TestClient
 from typer.main import get_command
 
 from app.api.main import create_app
+from app.cli.embedded import find_free_port
 from app.cli.main import app as cli
+from app.cli.valkey import find_valkey, wait_for_valkey
 from app.core import presence
 from app.core.queue import Queue
 from app.core.redis_client import make_redis
@@ -188,6 +192,27 @@ def test_an_image_does_not_run_as_root(name: str) -> None:
 
 def test_the_images_share_the_owner_of_the_data_volume() -> None:
     assert {re.findall(r"--uid (\d+)", (ROOT / name).read_text())[0] for name in DOCKERFILES} == {"10001"}
+
+
+def test_valkey_takes_its_password_from_standard_input(tmp_path: Path) -> None:
+    command = [word.replace("$$", "$") for word in SERVICES["valkey"]["command"]]
+    port = find_free_port()
+    (tmp_path / "valkey-server").symlink_to(find_valkey())
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "VALKEY_PASSWORD": "geheim"}
+    command[-1] = command[-1].replace("valkey-server -", f"valkey-server - --bind 127.0.0.1 --port {port}", 1)
+    with subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL) as process:
+        try:
+            wait_for_valkey(f"redis://:geheim@127.0.0.1:{port}/0")
+            with redis.Redis(port=port) as stranger, pytest.raises(redis.AuthenticationError):
+                stranger.ping()
+            with redis.Redis(port=port, password="geheim") as client:
+                settings = client.config_get("*")
+            assert (settings["maxmemory"], settings["maxmemory-policy"]) == (str(512 * 2**20), "noeviction")
+            assert (settings["save"], settings["appendonly"]) == ("", "no")
+            assert "geheim" not in " ".join(psutil.Process(process.pid).cmdline() + command)
+        finally:
+            process.terminate()  # the shell has become the server, so a stop reaches it
+        assert process.wait(timeout=10) == 0
 
 
 def test_the_api_image_asks_a_route_that_exists(database_url: str, redis_url: str, tmp_path: Path) -> None:

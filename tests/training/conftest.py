@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -14,6 +14,16 @@ from worker.training.model import WarmBase
 from worker.training.words import TrainSpec
 
 CPU = torch.device("cpu")
+T = TypeVar("T")
+
+
+def result(generator: Generator[Any, None, T]) -> T:
+    """What a generator returns, whatever it said before."""
+    while True:
+        try:
+            next(generator)
+        except StopIteration as stop:
+            return stop.value
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from tests.tiny import SPECIAL_TOKENS
+from tests.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, TOOLLESS_TEMPLATE
 from worker.base_model import load_tokenizer
 from worker.chat_template import ChatTemplate, ChatTemplateError, TokenizedExample
 
@@ -176,6 +176,26 @@ def test_a_template_that_ignores_tools_says_so(
     assert template.supports_tools
     deaf = "{% for m in messages %}{{ m.content }}{% endfor %}"
     assert not ChatTemplate(tokenizer, deaf).supports_tools
+
+
+def test_only_messages_of_nothing_but_calls_are_hidden_and_only_by_a_template_without_calls(
+    tokenizer: PreTrainedTokenizerBase, template: ChatTemplate
+) -> None:
+    call = {"type": "function", "function": {"name": "find_order", "arguments": "{}"}}
+    alone = {"role": "assistant", "content": None, "tool_calls": [call]}
+    spoken = alone | {"content": "One moment."}
+    listing = TOOLLESS_TEMPLATE.replace("{% if false %}", "{% if tools %}")  # shows tools, and no calls
+    for deaf in (ChatTemplate(tokenizer, TOOLLESS_TEMPLATE), ChatTemplate(tokenizer, listing)):
+        assert deaf.hides(alone)
+        assert not deaf.hides(spoken)
+        assert not deaf.hides(alone | {"weight": 0})
+        example = deaf.encode_example([*turns("Hi"), spoken, *turns("So?"), alone], TOOLS)
+        assert trained_text(tokenizer, example) == "One moment.<|im_end|>"
+    refusing = (
+        "{% if messages[-1]['tool_calls'] %}{{ raise_exception('no calls') }}{% endif %}" + CHAT_TEMPLATE
+    )
+    assert not template.hides(alone)
+    assert not ChatTemplate(tokenizer, refusing).hides(alone)
 
 
 def test_a_template_that_rewrites_the_past_is_refused_with_a_reason(

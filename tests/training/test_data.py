@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 
-from tests.tiny import write_examples
-from tests.training.conftest import CPU
+from tests.tiny import TOOLLESS_TEMPLATE, write_examples
+from tests.training.conftest import CPU, result
 from worker.base_model import load_tokenizer
 from worker.chat_template import ChatTemplate, TokenizedExample
-from worker.training.data import epoch_batches, flatten, micro_batches, read_split
+from worker.training import pulse
+from worker.training.data import Split, epoch_batches, flatten, micro_batches, read_split
 from worker.training.errors import TrainingError
+from worker.training.words import Working
 
 
 @pytest.fixture
@@ -26,10 +28,23 @@ def write(path: Path, *conversations: list[dict[str, Any]]) -> Path:
     return path
 
 
+def read(
+    path: Path,
+    template: ChatTemplate,
+    max_length: int,
+    *,
+    param: str = "training_file",
+    max_line_bytes: int = 10_000,
+) -> Split:
+    return result(
+        read_split(path, param, template=template, max_length=max_length, max_line_bytes=max_line_bytes)
+    )
+
+
 def test_long_examples_are_cut_at_the_end_and_counted(template: ChatTemplate, tmp_path: Path) -> None:
-    whole = read_split(write_examples(tmp_path / "a.jsonl", 4), "training_file", template, 500)
+    whole = read(write_examples(tmp_path / "a.jsonl", 4), template, 500)
     longest = max(len(example.ids) for example in whole.examples)
-    cut = read_split(tmp_path / "a.jsonl", "training_file", template, longest - 1)
+    cut = read(tmp_path / "a.jsonl", template, longest - 1)
     assert (whole.cut, cut.cut) == (0, 1)
     assert sorted(len(e.ids) for e in cut.examples)[-1] == longest - 1
     assert all(c.ids == w.ids[: longest - 1] for c, w in zip(cut.examples, whole.examples, strict=True))
@@ -45,7 +60,7 @@ def test_examples_without_a_label_after_the_cut_are_left_out_with_a_warning(
     short = [{"role": "user", "content": "Hi"}, answer]
     long = [{"role": "user", "content": "Thank you. " * 50}, answer]
     file = write(tmp_path / "a.jsonl", short, long, [short[0], {**answer, "weight": 0}])
-    split = read_split(file, "training_file", template, 100)
+    split = read(file, template, 100)
     assert (len(split.examples), split.cut, split.dropped) == (1, 1, 2)
     assert [log.level for log in split.warnings("training", 100)] == ["warn", "warn"]
 
@@ -54,7 +69,7 @@ def test_a_file_with_nothing_to_train_on_is_an_error_that_names_the_cure(
     template: ChatTemplate, tmp_path: Path
 ) -> None:
     with pytest.raises(TrainingError, match="max_length") as raised:
-        read_split(write_examples(tmp_path / "a.jsonl", 3), "training_file", template, 5)
+        read(write_examples(tmp_path / "a.jsonl", 3), template, 5)
     assert raised.value.word.code == "no_trainable_tokens"
     assert raised.value.word.param == "training_file"
     assert not raised.value.word.retryable
@@ -64,8 +79,61 @@ def test_a_bad_line_is_an_error_with_its_number(template: ChatTemplate, tmp_path
     file = write_examples(tmp_path / "a.jsonl", 2)
     file.write_text(file.read_text() + '{"messages": 1}\n')
     with pytest.raises(TrainingError, match="Example 3") as raised:
-        read_split(file, "validation_file", template, 500)
+        read(file, template, 500, param="validation_file")
     assert raised.value.word.code == "invalid_validation_file"
+    opening = "The job failed due to an invalid validation file. "  # as where the file is checked first
+    assert raised.value.word.message.startswith(opening + "Invalid file format.")
+
+
+def test_the_longest_line_is_the_one_asked_for(template: ChatTemplate, tmp_path: Path) -> None:
+    file = write_examples(tmp_path / "a.jsonl", 1)
+    size = file.stat().st_size
+    assert len(read(file, template, 500, max_line_bytes=size).examples) == 1
+    with pytest.raises(TrainingError, match=f"longer than {size - 2} bytes"):
+        read(file, template, 500, max_line_bytes=size - 2)
+
+
+def test_reading_a_long_file_gives_signs_of_life(
+    template: ChatTemplate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pulse, "EVERY_S", 0.0)
+    file = write_examples(tmp_path / "a.jsonl", 3)
+    words = read_split(file, "training_file", template=template, max_length=500, max_line_bytes=10_000)
+    assert list(words) == [Working(section="training_file")] * 3
+
+
+def call_only() -> dict[str, Any]:
+    function = {"name": "find_order", "arguments": '{"id": 7}'}
+    calls = [{"id": "call_1", "type": "function", "function": function}]
+    return {"role": "assistant", "content": None, "tool_calls": calls}
+
+
+def test_messages_of_tool_calls_alone_are_not_trained_as_empty_answers_where_the_template_hides_calls(
+    template: ChatTemplate, tiny_dir: Path, tmp_path: Path
+) -> None:
+    user = {"role": "user", "content": "Hi"}
+    answer = {"role": "assistant", "content": "Yes."}
+    called = [user, call_only(), {"role": "tool", "content": "x", "tool_call_id": "call_1"}]
+    file = write(tmp_path / "a.jsonl", [*called, answer], [user, call_only()], [user, answer])
+    deaf = ChatTemplate(load_tokenizer(tiny_dir), TOOLLESS_TEMPLATE)
+    split = read(file, deaf, 500)
+    assert (len(split.examples), split.dropped, split.hidden_calls) == (2, 1, 2)
+    trained = [
+        [id for id, is_label in zip(e.ids, e.is_label, strict=True) if is_label] for e in split.examples
+    ]
+    assert trained[0] == trained[1]  # the answer, and nothing of the call
+    assert (
+        "This concerns 2 example(s) of the training file." in [*split.warnings("training", 500)][-1].message
+    )
+    split = read(file, template, 500)
+    assert (len(split.examples), split.dropped, split.hidden_calls) == (3, 0, 0)
+
+
+def test_a_file_of_hidden_tool_calls_alone_is_an_error_that_says_so(tiny_dir: Path, tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", [{"role": "user", "content": "Hi"}, call_only()])
+    with pytest.raises(TrainingError, match="does not show tool calls") as raised:
+        read(file, ChatTemplate(load_tokenizer(tiny_dir), TOOLLESS_TEMPLATE), 500)
+    assert raised.value.word.code == "no_trainable_tokens"
 
 
 def test_tools_a_template_cannot_show_are_warned_about(tiny_dir: Path, tmp_path: Path) -> None:
@@ -75,7 +143,7 @@ def test_tools_a_template_cannot_show_are_warned_about(tiny_dir: Path, tmp_path:
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}]
     file = tmp_path / "a.jsonl"
     file.write_text(json.dumps({"messages": messages, "tools": tools}) + "\n")
-    split = read_split(file, "training_file", ChatTemplate(load_tokenizer(tiny_dir), deaf), 500)
+    split = read(file, ChatTemplate(load_tokenizer(tiny_dir), deaf), 500)
     (warning,) = split.warnings("training", 500)
     assert "tools" in warning.message
 

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from tests.tiny import write_examples
 from tests.training.conftest import CPU
 from worker.base_model import load_base_model, load_tokenizer
+from worker.training import pulse
+from worker.training.errors import failure_of
 from worker.training.loop import learning_rate_at, train
-from worker.training.model import WarmBase
+from worker.training.model import WarmBase, tuned_model
 from worker.training.words import (
     TRAIN_WORD,
     Adapter,
@@ -27,6 +32,7 @@ from worker.training.words import (
     StepDone,
     TrainSpec,
     TrainWord,
+    Working,
 )
 
 MakeSpec = Callable[..., TrainSpec]
@@ -54,10 +60,9 @@ def test_a_run_says_started_then_every_step_then_finished(
     assert isinstance(words[-1], Finished)
     assert [word.metrics.step for word in steps(words)] == [1, 2, 3, 4, 5, 6]  # 11 examples by 4, twice
     assert [word.epoch for word in steps(words)] == [1, 1, 1, 2, 2, 2]
-    assert words[0].total_steps == words[-1].steps == 6
+    assert {word.total_steps for word in steps(words)} == {words[-1].steps} == {6}
     assert sum(word.tokens for word in steps(words)) == words[-1].trained_tokens
-    assert words[-1].trained_tokens == 2 * words[0].trained_tokens_per_epoch
-    assert [(word.epoch, word.final) for word in checkpoints(words)] == [(1, False), (2, True)]
+    assert [word.metrics.step for word in checkpoints(words)] == [3, 6]
     assert steps(words)[-1].metrics.train_loss < steps(words)[0].metrics.train_loss
     for word in words:
         assert TRAIN_WORD.validate_json(word.model_dump_json()) == word
@@ -151,6 +156,18 @@ def test_chosen_target_modules_are_the_only_ones_trained(make_spec: MakeSpec, wa
     assert {name.split(".")[-3] for name in tensors} == {"q_proj", "v_proj"}
 
 
+@pytest.mark.parametrize("wanted", [("foo",), ("self_attn",), ("q_proj", "foo"), ("lm_head",)])
+def test_target_modules_the_model_lacks_fail_once_with_the_names_it_has(
+    make_spec: MakeSpec, warm: WarmBase, wanted: tuple[str, ...]
+) -> None:
+    (failed,) = train(make_spec(target_modules=wanted), warm)
+    assert isinstance(failed, Failed)
+    assert (failed.code, failed.param) == ("invalid_value", "luthier.target_modules")
+    assert not failed.retryable
+    assert f": '{wanted[-1]}'. Its layers are q_proj, k_proj," in failed.message
+    assert isinstance(list(train(make_spec(target_modules=("mlp.up_proj",)), warm))[-1], Finished)
+
+
 def test_a_full_checkpoint_is_a_model_folder_with_the_catalogues_chat_template(
     make_spec: MakeSpec, warm: WarmBase, tiny_dir: Path
 ) -> None:
@@ -171,6 +188,19 @@ def test_a_run_goes_on_from_a_tuned_adapter(make_spec: MakeSpec, warm: WarmBase)
     )
     assert steps(first)[0].metrics.train_mean_token_accuracy < 0.1
     assert steps(second)[0].metrics.train_mean_token_accuracy > 0.9
+
+
+@pytest.mark.parametrize(("before", "now"), [(0.3, 0.0), (0.0, 0.3)])
+def test_a_run_that_goes_on_has_its_own_dropout(
+    make_spec: MakeSpec, warm: WarmBase, tmp_path: Path, before: float, now: float
+) -> None:
+    start = checkpoints(list(train(make_spec(n_epochs=1, dropout=before), warm)))[-1].dir
+    spec = make_spec(start_from_dir=start, dropout=now, output_dir=str(tmp_path / "more"))
+    with tuned_model(spec, warm) as tuned:
+        rates = {m.p for m in tuned.model.modules() if isinstance(m, torch.nn.Dropout)}
+        assert rates == ({now} if now else set())
+        tuned.save(tmp_path)
+    assert LoraConfig.from_pretrained(tmp_path).lora_dropout == now
 
 
 def test_a_full_run_cannot_go_on_from_an_adapter(make_spec: MakeSpec, warm: WarmBase) -> None:
@@ -203,12 +233,47 @@ def test_measuring_validation_does_not_change_what_is_learned(
     assert digest(checkpoints(without)[-1].dir) == digest(checkpoints(with_file)[-1].dir)
 
 
+def test_a_long_validation_gives_signs_of_life(
+    make_spec: MakeSpec, warm: WarmBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pulse, "EVERY_S", 0.0)
+    file = write_examples(tmp_path / "valid.jsonl", 20)
+    words = list(train(make_spec(validation_file=str(file), n_epochs=1), warm))
+    sections = [word.section for word in words if isinstance(word, Working)]
+    assert sections[:31] == ["training_file"] * 11 + ["validation_file"] * 20
+    assert set(sections[31:]) == {"validation"}
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_fails_with_the_cure_and_may_be_tried_again(
+    make_spec: MakeSpec, warm: WarmBase, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", refuse)
+        failed = list(train(make_spec(n_epochs=1), warm))[-1]
+    assert isinstance(failed, Failed)
+    assert (failed.code, failed.retryable) == ("storage_full", True)
+    assert "Delete models" in failed.message
+    assert isinstance(list(train(make_spec(n_epochs=1), warm))[-1], Finished)
+
+
+def test_a_full_disk_is_known_in_the_words_of_safetensors_and_other_errors_are_not() -> None:
+    text = "Error while serializing: I/O error: {} (os error {})"
+    full = failure_of(SafetensorError(text.format("No space left on device", errno.ENOSPC)))
+    assert full is not None
+    assert full.code == "storage_full"
+    assert failure_of(SafetensorError(text.format("Input/output error", errno.EIO))) is None
+    assert failure_of(OSError(errno.EIO, "Input/output error")) is None
+
+
 def test_checkpoints_come_at_the_interval_and_at_the_end_of_each_epoch(
     make_spec: MakeSpec, warm: WarmBase
 ) -> None:
     words = list(train(make_spec(checkpoint_interval=2), warm))
     assert [word.metrics.step for word in checkpoints(words)] == [2, 3, 4, 6]
-    assert [word.final for word in checkpoints(words)] == [False, False, False, True]
 
 
 @pytest.mark.parametrize("adapter", [Adapter.LORA, Adapter.FULL])

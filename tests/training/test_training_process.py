@@ -97,6 +97,13 @@ def test_a_line_that_is_no_spec_is_answered_too(warm_child: Child) -> None:
     assert failed.code == "server_error"
 
 
+def test_neither_trainer_nor_engine_warns_of_a_kernel_nobody_needs() -> None:
+    """bitsandbytes looks for it at import, on CPUs with AVX512-BF16."""
+    code = "import worker.training.loop, worker.serving.engine, bitsandbytes.backends.cpu.ops"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    assert b"gemm_4bit_forward" not in done.stderr
+
+
 def test_the_child_outlives_ctrl_c_which_its_parent_answers(warm_child: Child, make_spec: MakeSpec) -> None:
     warm_child.send_signal(signal.SIGINT)
     say(warm_child, make_spec().model_dump_json())

@@ -253,11 +253,14 @@ def test_a_commit_whose_answer_was_lost_does_not_lose_the_checkpoint(desk: Desk,
     folder = desk.context.storage.root / "attempts" / "made"
     folder.mkdir()
     (folder / "adapter.safetensors").write_bytes(b"x")
-    word = CheckpointReady(metrics=Metrics(step=1, train_loss=1.0), epoch=1, dir=str(folder), final=True)
+    word = CheckpointReady(metrics=Metrics(step=1, train_loss=1.0), dir=str(folder))
     attempt = Attempt(job_id, 1)
     for _ in range(2):
-        key = records.publish_checkpoint(desk.context, attempt, word)
+        records.publish_checkpoint(desk.context, attempt, word)
         with transaction(desk.context.sessions) as session:
-            records.record_checkpoint(desk.context, session, attempt, (word, key))
+            records.record_checkpoint(desk.context, session, attempt, word)
+    key = records.checkpoint_key(attempt, word)
+    with transaction(desk.context.sessions) as session:  # and then the job is cancelled
+        records.drop_unnamed_checkpoint(desk.context, session, key)
     assert (desk.context.storage.path(key) / "adapter.safetensors").is_file()
     assert len(desk.checkpoints(job_id)) == 1

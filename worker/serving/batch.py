@@ -91,7 +91,9 @@ class ModelGroup:
         return rows
 
     def leave(self, sequence: Sequence) -> None:
-        """Free the sequence's row; the last row takes its place."""
+        """Free the sequence's adapter and its row, if it has one; the last row takes its place."""
+        self.adapters.release(sequence.adapter)
+        sequence.adapter = None
         row = sequence.row
         if row is None:
             return
@@ -100,8 +102,7 @@ class ModelGroup:
         if last is not sequence:
             self.rows[row], last.row = last, row
         self._age.remove(sequence)
-        self.adapters.release(sequence.adapter)
-        sequence.row = sequence.adapter = None
+        sequence.row = None
 
     def drop(self, completion: Completion) -> None:
         """Take all of a completion's sequences out of the line and the batch."""

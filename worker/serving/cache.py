@@ -165,10 +165,10 @@ class SlotCache(Cache):
 
     def fork_row(self, source: int, length: int) -> int:
         """Take the next free row and fill it with the first `length` tokens of `source`."""
-        target = self.add_row()
+        target = len(self.lengths)
         for layer in self.slots:
             layer.copy_row(source, target, length=length, old_length=length)
-        self.lengths[target] = length
+        self.lengths.append(length)  # last: a copy that failed has taken no row
         return target
 
     def remove_row(self, row: int) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 from concurrent.futures import Future
 
+import torch
+
 from app.core.completions import CompletionRequest, Failed, TunedWeights, WeightsKind
 from worker.serving.adapters import ModelUnavailable
 from worker.serving.batch import ModelGroup
@@ -17,7 +19,7 @@ from worker.serving.models import ModelSet
 from worker.serving.outlet import Outlet
 from worker.serving.sequence import Completion, Sequence
 
-MAX_FAILED_STEPS = 3  # in a row; a CUDA error never goes away within a process
+MAX_FAILED_STEPS = 3  # in a row, prompts included; a CUDA error never goes away within a process
 ENGINE_ERROR = Failed(
     status=503, code="engine_error", message="The inference engine failed while answering. Please try again."
 )
@@ -86,6 +88,7 @@ class Loop:
     def step(self) -> None:
         """One token for every running sequence, after new ones were taken in."""
         self._expire()
+        self.models.settle()
         self._place()
         self._warm()
         for group in self.models.groups:
@@ -112,10 +115,13 @@ class Loop:
                 self._hand_out([sequence])
             except ModelUnavailable as error:
                 self._fail(head.completion, unavailable(error))
-            except Exception:
+            except Exception as error:
                 _log.exception("prompt of request %s failed", head.completion.request.id)
                 self.errors += 1
                 self._fail(head.completion, ENGINE_ERROR)
+                self._failed_steps += not isinstance(error, torch.OutOfMemoryError)  # that one goes away
+                if self._failed_steps >= MAX_FAILED_STEPS:
+                    raise
 
     def _hand_out(self, sequences: list[Sequence]) -> None:
         """Send what these sequences have to say, one message per request; close finished ones."""

@@ -32,12 +32,25 @@ class ModelSet:
         self._on_loaded = on_loaded
         self._full: OrderedDict[str, ModelGroup] = OrderedDict()  # least recently asked for first
         self._loading: dict[str, Future[ModelGroup]] = {}
+        self._failed: dict[str, ModelUnavailable] = {}  # since the last `settle`
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="full-models")
 
     @property
     def groups(self) -> list[ModelGroup]:
         """All models in memory, the base first."""
         return [self.base, *self._full.values()]
+
+    def settle(self) -> None:
+        """Take in what has been read, whether anybody still waits for it or not; once before each round.
+
+        Who waits for weights that turned out to be unreadable hears of it in this round.
+        """
+        self._failed = {}
+        for id in [id for id, future in self._loading.items() if future.done()]:
+            try:
+                self._full[id] = self._loading.pop(id).result()
+            except ModelUnavailable as error:
+                self._failed[id] = error
 
     def get(self, tuned: TunedWeights | None) -> ModelGroup | None:
         """The model that answers for `tuned`; None while it is on its way or has no place: ask again.
@@ -46,27 +59,23 @@ class ModelSet:
         """
         if tuned is None or tuned.kind is WeightsKind.LORA:
             return self.base
-        if tuned.id not in self._full and not self._take_loaded(tuned):
+        if tuned.id in self._failed:
+            raise self._failed[tuned.id]
+        group = self._full.get(tuned.id)
+        if group is None:
+            self._begin_loading(tuned)
             return None
         self._full.move_to_end(tuned.id)
-        return self._full[tuned.id]
+        return group
 
     def close(self) -> None:
         """Wait for the side thread to end."""
         self._reader.shutdown(cancel_futures=True)
 
-    def _take_loaded(self, tuned: TunedWeights) -> bool:
-        future = self._loading.get(tuned.id)
-        if future is None:
-            if self._make_place():
-                self._loading[tuned.id] = self._reader.submit(self._read, Path(tuned.path))
-                self._loading[tuned.id].add_done_callback(lambda _: self._on_loaded())
-            return False
-        if not future.done():
-            return False
-        del self._loading[tuned.id]
-        self._full[tuned.id] = future.result()
-        return True
+    def _begin_loading(self, tuned: TunedWeights) -> None:
+        if tuned.id not in self._loading and self._make_place():
+            self._loading[tuned.id] = self._reader.submit(self._read, Path(tuned.path))
+            self._loading[tuned.id].add_done_callback(lambda _: self._on_loaded())
 
     def _read(self, folder: Path) -> ModelGroup:
         try:

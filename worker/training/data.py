@@ -19,8 +19,8 @@ from worker.training.pulse import Pulse
 from worker.training.words import Log, Working
 
 _HIDDEN_CALLS = (
-    "This base model's chat template does not show tool calls to the model, so assistant messages that "
-    "only call tools are not trained."
+    "Assistant messages that only call tools are not trained: this base model's chat template does not "
+    "show tool calls to the model."
 )
 
 

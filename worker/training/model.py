@@ -165,7 +165,7 @@ def _with_lora(base: PreTrainedModel, spec: TrainSpec) -> PeftModel:
 
 def _check_target_modules(base: PreTrainedModel, wanted: Sequence[str]) -> None:
     """Name what peft would refuse without a cure, or pass over in silence beside a name it knows."""
-    head = base.get_output_embeddings()
+    head = base.get_output_embeddings()  # type: ignore[no-untyped-call]
     linear = (torch.nn.Linear, Conv1D)
     layers = [name for name, m in base.named_modules() if isinstance(m, linear) and m is not head]
     unknown = [name for name in wanted if not any(f".{layer}".endswith(f".{name}") for layer in layers)]
