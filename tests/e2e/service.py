@@ -34,9 +34,9 @@ def write_catalogue(folder: Path) -> Path:
     """A catalogue with one tiny model, built on the spot."""
     model = build_tiny_model(folder / "tiny")
     file = folder / "models.toml"
-    file.write_text(
-        f'[models.tiny]\nsource = "file://{model}"\ncontext_length = 512\nlicence = "MIT"\nlearning_rate = 1e-3\n'
-    )
+    lines = ["[models.tiny]", f'source = "file://{model}"', 'licence = "MIT"']
+    lines += ["context_length = 512", "learning_rate = 1e-3", ""]
+    file.write_text("\n".join(lines))
     return file
 
 
