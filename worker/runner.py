@@ -16,7 +16,7 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from app.core import attempts, events
-from app.core.attempts import Attempt, AttemptLost
+from app.core.attempts import Attempt, AttemptLost, Death
 from app.core.db import transaction
 from app.core.errors import ServiceError
 from app.core.log import bind
@@ -123,14 +123,14 @@ class _AttemptRun:
                 self._fence()
             else:
                 self._trainer.stop()
-                self._died(str(death))
+                self._died(Death(str(death)))
         except ServiceError as error:  # no room in storage
             self._trainer.stop()
-            self._died(error.message)
+            self._died(Death(error.message, error.code or "server_error"))
         except Exception:  # a bug of ours; the trainer must not go on with a job nobody listens to
             log.exception("the attempt ended by an error of the worker")
             self._trainer.stop()
-            self._died("The worker could not record what the trainer reported.")
+            self._died(Death("The worker could not record what the trainer reported.", "server_error"))
         finally:
             records.drop_attempt_folder(self._context, self._attempt)
 
@@ -171,7 +171,7 @@ class _AttemptRun:
                 log.info("succeeded after %d steps", word.steps)
                 return True
             case Failed(retryable=True):
-                self._died(word.message)
+                self._died(Death(word.message, word.code))
                 return True
             case Failed():
                 error = {"code": word.code, "message": word.message, "param": word.param}
@@ -226,10 +226,10 @@ class _AttemptRun:
         reason = "The worker lost touch with the database"
         self._end(lambda session: attempts.hand_back(session, self._attempt, reason=reason))
 
-    def _died(self, reason: str) -> None:
-        log.warning("attempt died: %s", reason)
+    def _died(self, death: Death) -> None:
+        log.warning("attempt died: %s", death.reason)
         most = self._settings.max_attempts
-        self._end(lambda session: attempts.requeue(session, self._attempt, reason=reason, max_attempts=most))
+        self._end(lambda session: attempts.requeue(session, self._attempt, death=death, max_attempts=most))
 
     def _end(self, action: Callable[[Session], object]) -> None:
         try:

@@ -115,15 +115,23 @@ def hand_back(session: Session, attempt: Attempt, *, reason: str = "The worker w
     events.add_message(session, job, f"{reason}; the job is queued again")
 
 
-def requeue(session: Session, attempt: Attempt, *, reason: str, max_attempts: int) -> JobStatus:
+@dataclass(frozen=True, slots=True)
+class Death:
+    """Why an attempt ended by the machine's fault: a code of docs/api.md and a sentence for the user."""
+
+    reason: str
+    code: str = "worker_lost"
+
+
+def requeue(session: Session, attempt: Attempt, *, death: Death, max_attempts: int) -> JobStatus:
     """Put a job whose attempt died back into the queue, or fail it after too many deaths."""
     job = write(session, attempt, {"deaths": Job.deaths + 1})
     if job.deaths >= max_attempts:
-        message = f"The job failed after {job.deaths} attempts. {reason}"
-        fail(session, attempt, error={"code": "worker_lost", "message": message, "param": None})
+        message = f"The job failed after {job.deaths} attempts. {death.reason}"
+        fail(session, attempt, error={"code": death.code, "message": message, "param": None})
         return JobStatus.FAILED
     write(session, attempt, _WAITING)
-    again = f"{reason} The job is queued again (attempt {job.deaths} of {max_attempts})"
+    again = f"{death.reason} The job is queued again (attempt {job.deaths} of {max_attempts})"
     events.add_message(session, job, again, level=EventLevel.WARN)
     return JobStatus.QUEUED
 

@@ -14,6 +14,7 @@ from sqlalchemy import or_, select, text
 from sqlalchemy.orm import Session
 
 from app.core import attempts, files, served_models
+from app.core.attempts import Death
 from app.core.db import utc_now
 from app.core.outbox import after_commit
 from app.core.queue import Sender, Task
@@ -70,7 +71,7 @@ def _requeue_dead(session: Session, storage: Storage, *, max_attempts: int) -> i
     dead = attempts.find_dead(session)
     for attempt, worker in dead:
         reason = f"The worker {worker} that ran attempt {attempt.number} is gone."
-        status = attempts.requeue(session, attempt, reason=reason, max_attempts=max_attempts)
+        status = attempts.requeue(session, attempt, death=Death(reason), max_attempts=max_attempts)
         after_commit(session, partial(storage.delete, attempt.folder_key))
         log.warning("job %s: attempt %d dead on %s, now %s", attempt.job_id, attempt.number, worker, status)
     return len(dead)

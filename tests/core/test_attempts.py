@@ -12,7 +12,7 @@ from sqlalchemy import text, update
 from sqlalchemy.orm import Session, sessionmaker
 
 from app.core import attempts, events, jobs
-from app.core.attempts import Attempt, AttemptLost
+from app.core.attempts import Attempt, AttemptLost, Death
 from app.core.db import transaction, utc_now
 from app.core.pages import Cursor
 from app.core.status import JobStatus
@@ -116,7 +116,7 @@ WRITES: dict[str, Callable[[Session, Attempt], object]] = {
     "succeed": lambda s, a: attempts.succeed(s, a, values={"fine_tuned_model": "ft:x"}),
     "fail": lambda s, a: attempts.fail(s, a, error=ERROR),
     "hand_back": attempts.hand_back,
-    "requeue": lambda s, a: attempts.requeue(s, a, reason="It died.", max_attempts=3),
+    "requeue": lambda s, a: attempts.requeue(s, a, death=Death("It died."), max_attempts=3),
 }
 
 
@@ -132,7 +132,7 @@ def test_no_write_of_a_past_attempt_changes_anything(
     elif past == "failed":
         attempts.fail(session, attempt, error=ERROR)
     else:
-        attempts.requeue(session, attempt, reason="It died.", max_attempts=3)
+        attempts.requeue(session, attempt, death=Death("It died."), max_attempts=3)
         if past == "taken over":
             session.commit()
             assert claim(session) is not None
@@ -160,7 +160,7 @@ def test_an_attempt_that_died_goes_back_until_it_died_too_often(house: House) ->
         job = claim(house.session)
         assert job is not None
         status = attempts.requeue(
-            house.session, Attempt(job.id, job.attempt), reason="It was shot.", max_attempts=3
+            house.session, Attempt(job.id, job.attempt), death=Death("It was shot."), max_attempts=3
         )
         house.session.commit()
         seen.append((job.attempt, status))
