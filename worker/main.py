@@ -7,6 +7,7 @@ imports torch: only its child does.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -86,6 +87,8 @@ def _training(context: Context) -> Role:
 
 
 def _inference(context: Context) -> Role:
+    # Threads of torch that wait must not burn the cores a trainer on the same machine needs.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from worker.inference import Inference
 
     inference = Inference(context)

@@ -182,9 +182,7 @@ def test_a_killed_worker_is_started_again_and_answers(client: openai.OpenAI, ser
     said_before = len(service.printed)
     worker = child(service, "--queues inference")
     worker.send_signal(signal.SIGKILL)
-    psutil.wait_procs(
-        [worker], timeout=10
-    )  # while it dies it may still take a request along: a 503 after a minute
+    psutil.wait_procs([worker], timeout=10)  # one that dies may take a request along: 503 after a minute
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         try:

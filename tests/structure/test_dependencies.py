@@ -111,7 +111,6 @@ def test_what_tests_import_is_in_the_extra_dev_or_with_the_package() -> None:
         **COMES_WITH,
         "yaml": "pyyaml",
         "grimp": "import_linter",
-        "importlinter": "import_linter",
         "packaging": "pytest",
     }
     missing = {
