@@ -7,7 +7,6 @@ imports torch: only its child does.
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from app.core.queue import Queue, Task, inference_queue
 from app.core.settings import Settings
 from worker.beat import Beat
 from worker.context import Context, make_context
+from worker.threads import wait_briefly
 
 log = logging.getLogger(__name__)
 _LAST_BEAT_S = 2.0  # how long all beats together may take to end
@@ -87,8 +87,7 @@ def _training(context: Context) -> Role:
 
 
 def _inference(context: Context) -> Role:
-    # Threads of torch that wait must not burn the cores a trainer on the same machine needs.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    wait_briefly()
     from worker.inference import Inference
 
     inference = Inference(context)

@@ -15,6 +15,7 @@ import time
 import traceback
 from typing import TYPE_CHECKING, BinaryIO
 
+from worker.threads import wait_briefly
 from worker.training.words import Ready, TrainSpec, TrainWord
 
 if TYPE_CHECKING:
@@ -55,9 +56,7 @@ class Lines:
 
 def main() -> None:
     """Answer specs until stdin closes."""
-    # Before torch loads OpenMP: threads that wait for each other sleep instead of spinning. Cores may be
-    # shared with a database and clients, whom a spinning thread would keep from the work it waits for.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    wait_briefly()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     lines = Lines()
