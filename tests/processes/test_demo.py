@@ -36,8 +36,8 @@ def test_the_command_is_the_one_that_was_typed(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [str(tmp_path / ".venv/bin/luthier"), "demo"])
     assert lines(Settings())[0][0] == ".venv/bin/luthier"
-    monkeypatch.setattr(sys, "argv", ["/opt/luthier/bin/luthier", "demo"])
-    assert lines(Settings())[0][0] == "/opt/luthier/bin/luthier"
+    monkeypatch.setattr(sys, "argv", ["/srv/luthier/bin/luthier", "demo"])
+    assert lines(Settings())[0][0] == "/srv/luthier/bin/luthier"
     monkeypatch.setattr(sys, "argv", ["/src/app/cli/main.py", "demo"])
     assert lines(Settings())[0][:3] == [sys.executable, "-m", "app.cli.main"]
 
