@@ -101,7 +101,7 @@ def train(client: openai.OpenAI, console: Console) -> FineTuningJob:
         training_file=file.id,
         suffix="shop",
         seed=7,
-        # One pass more than "auto": so small a model needs it to hold the form in every answer.
+        # One pass more than "auto": with three, 2 of 44 answers lost the form (docs/benchmarks.md).
         method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 4}}},
     )
     console.print(f"Uploaded {file.id}, created {job.id}")
