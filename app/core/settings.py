@@ -10,6 +10,9 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
+KILL_S = 1.0  # how long ending a whole process group takes at most
+
+
 class Settings(BaseSettings):
     """What an operator may set. Every field says its meaning and unit."""
 
@@ -42,9 +45,15 @@ class Settings(BaseSettings):
     max_attempts: int = Field(default=3, ge=1)  # deaths before a job fails
     cancel_poll_s: float = Field(default=0.5, gt=0)  # how often a running attempt looks for a cancel
     trainer_start_s: float = Field(default=180.0, gt=0)  # a trainer not ready by then is ended
-    trainer_idle_s: float = Field(default=1800.0, gt=0)  # a trainer silent for so long is ended
-    trainer_grace_s: float = Field(default=5.0, gt=0)  # from asking a trainer to stop to ending it
-    kept_checkpoints: int = Field(default=3, ge=1)  # per job, as at OpenAI
+    setup_limit_s: float = Field(default=1800.0, gt=0)  # silence of a trainer that reads files and models
+    step_limit_s: float = Field(default=600.0, gt=0)  # silence in a step; a sign of life each micro-batch
+    validation_limit_s: float = Field(default=600.0, gt=0)  # silence in a validation
+    checkpoint_limit_s: float = Field(default=600.0, gt=0)  # silence while a checkpoint is written
+    trainer_grace_s: float = Field(default=20.0, gt=0)  # from asking a trainer to stop to ending it
+    checkpoint_every_s: float = Field(default=600.0, gt=0)  # a job never loses more work than this
+    retry_pause_s: float = Field(default=5.0, ge=0)  # before a second try; doubled for each one after it
+    idempotency_hours: float = Field(default=48.0, ge=24)  # how long an Idempotency-Key is remembered
+    kept_checkpoints: int = Field(default=3, ge=2)  # per job, as at OpenAI
 
     # Chat
     first_word_s: float = Field(default=60.0, gt=0)  # no word by then: 503
@@ -71,9 +80,9 @@ class Settings(BaseSettings):
         return value
 
     @model_validator(mode="after")
-    def _lease_outlasts_a_stop(self) -> Settings:
-        if self.lease_s <= self.trainer_grace_s + 1.5 * self.heartbeat_s:
-            raise ValueError("lease_s must exceed trainer_grace_s + 1.5 x heartbeat_s")
+    def _lease_outlasts_a_kill(self) -> Settings:
+        if self.lease_s <= KILL_S + 1.5 * self.heartbeat_s:
+            raise ValueError(f"lease_s must exceed {KILL_S:g} + 1.5 x heartbeat_s")
         return self
 
     @property

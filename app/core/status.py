@@ -21,8 +21,8 @@ _S = JobStatus
 FINAL = frozenset({_S.SUCCEEDED, _S.FAILED, _S.CANCELLED})
 _ENDS = {_S.FAILED, _S.CANCELLED}
 TRANSITIONS: dict[JobStatus, frozenset[JobStatus]] = {
-    _S.VALIDATING_FILES: frozenset({_S.QUEUED, *_ENDS}),
-    _S.QUEUED: frozenset({_S.RUNNING, *_ENDS}),
+    _S.VALIDATING_FILES: frozenset({_S.QUEUED, _S.PAUSED, *_ENDS}),
+    _S.QUEUED: frozenset({_S.RUNNING, _S.PAUSED, *_ENDS}),
     _S.RUNNING: frozenset({_S.SUCCEEDED, _S.PAUSED, _S.QUEUED, *_ENDS}),
     _S.PAUSED: frozenset({_S.QUEUED, *_ENDS}),
     _S.SUCCEEDED: frozenset(),

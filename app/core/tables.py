@@ -108,6 +108,10 @@ class Job(Base):
     deaths: Mapped[int] = mapped_column(default=0)  # attempts that ended by the machine's fault
     worker: Mapped[str | None]
     lease_expires_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    claimed_at: Mapped[datetime | None] = mapped_column(UtcDateTime)  # by the present attempt
+    running_s: Mapped[float] = mapped_column(default=0.0)  # seconds that ended attempts held a worker
+    not_before: Mapped[datetime | None] = mapped_column(UtcDateTime)  # pause between two tries
+    pause_requested_at: Mapped[datetime | None] = mapped_column(UtcDateTime)  # ends in `paused`, not `queued`
     hinted_at: Mapped[datetime | None] = mapped_column(UtcDateTime)  # last message sent about it
 
 
@@ -149,6 +153,7 @@ class Checkpoint(Base):
     model_id: Mapped[str] = mapped_column(ForeignKey("tuned_models.id"))
     step_number: Mapped[int]
     metrics: Mapped[Json] = mapped_column(JSONB)
+    resumable: Mapped[bool] = mapped_column(default=False)  # its folder still holds the training state
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=utc_now)
 
 
@@ -168,3 +173,16 @@ class TunedModel(Base):
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=utc_now)
     deleted_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     purged_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+
+
+class IdempotencyKey(Base):
+    """The answer to a request that created something, kept to be given again to the same request."""
+
+    __tablename__ = "idempotency_keys"
+    __table_args__ = (Index(None, "created_at"),)
+
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), primary_key=True)
+    key: Mapped[str] = mapped_column(String(255), primary_key=True)
+    fingerprint: Mapped[str] = mapped_column(String(64))  # SHA-256 of method, path and body
+    response: Mapped[Json] = mapped_column(JSONB)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=utc_now)

@@ -49,6 +49,8 @@ class TrainSpec(Wire):
     seed: int = 0
     max_length: int = 2048  # tokens; longer examples are cut at the end
     checkpoint_interval: int | None = None  # steps; None: at the end of each epoch only
+    checkpoint_every_s: float | None = None  # and whenever so long has passed since the last one
+    resume_from: tuple[str, ...] = ()  # checkpoint folders to go on from, the newest first
 
 
 class Metrics(Wire):
@@ -70,17 +72,28 @@ class Ready(Wire):
     device: str
 
 
-class Started(Wire):
-    """Data and model are ready; the first step comes next."""
+class Section(StrEnum):
+    """What a trainer is busy with. Each has its own limit of silence."""
 
-    word: Literal["started"] = "started"
+    SETUP = "setup"  # from the spec to `Started`: files, base model, adapter, resume
+    STEP = "step"
+    VALIDATION = "validation"
+    CHECKPOINT = "checkpoint"
 
 
 class Working(Wire):
-    """Long work without steps goes on. Said every few seconds, so that silence means that nothing moves."""
+    """A section begins, or goes on: said at each beginning and every few seconds while something moves."""
 
     word: Literal["working"] = "working"
-    section: str  # what is worked on: "training_file", "validation_file" or "validation"
+    section: Section
+    step: int = 0  # the step it belongs to
+
+
+class Started(Wire):
+    """Data and model are ready. `step` steps are behind; more than 0 after a resume."""
+
+    word: Literal["started"] = "started"
+    step: int = 0
 
 
 class StepDone(Wire):
@@ -112,6 +125,16 @@ class Log(Wire):
     message: str
 
 
+class Stopped(Wire):
+    """Asked by SIGTERM, the trainer has ended early. Its last `CheckpointReady` is where to go on from.
+
+    `step` is that checkpoint's step, 0 where nothing was trained yet. The child is free for the next spec.
+    """
+
+    word: Literal["stopped"] = "stopped"
+    step: int
+
+
 class Failed(Wire):
     """The attempt ended by an error. `retryable` is true where the machine, not the user, is at fault."""
 
@@ -131,7 +154,7 @@ class Finished(Wire):
 
 
 TrainWord = Annotated[
-    Ready | Started | Working | StepDone | CheckpointReady | Log | Failed | Finished,
+    Ready | Started | Working | StepDone | CheckpointReady | Log | Stopped | Failed | Finished,
     Field(discriminator="word"),
 ]
 TRAIN_WORD: TypeAdapter[TrainWord] = TypeAdapter(TrainWord)
