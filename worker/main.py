@@ -72,7 +72,7 @@ def _training(context: Context) -> Role:
     from worker.runner import Runner
     from worker.trainer import Trainer
 
-    trainer = Trainer(grace_s=context.settings.trainer_grace_s)
+    trainer = Trainer(grace_s=context.settings.trainer_grace_s, worker=context.worker)
     runner = Runner(context, trainer)
     _task(context.celery, Task.RUN_JOB, lambda _job_id: runner.run_waiting())
     warm = Beat("trainer", runner.keep_warm, every_s=1.0)

@@ -150,9 +150,9 @@ class _AttemptRun:
                 self._heard_at = time.monotonic()
                 if self._record(word):
                     return
-            elif time.monotonic() - self._heard_at > self._settings.trainer_idle_s:
+            elif time.monotonic() - self._heard_at > self._settings.setup_limit_s:
                 raise TrainerDiedError(
-                    f"The trainer made no progress for {self._settings.trainer_idle_s:g} s and was ended."
+                    f"The trainer made no progress for {self._settings.setup_limit_s:g} s and was ended."
                 )
             self._keep_alive()
 

@@ -40,7 +40,8 @@ class TrainerDiedError(Exception):
 class Trainer:
     """Starts the child, feeds it one job at a time, ends it. Any thread may call `start` and `stop`."""
 
-    def __init__(self, *, grace_s: float) -> None:
+    def __init__(self, *, grace_s: float, worker: str) -> None:
+        self._worker = worker
         self._grace_s = grace_s
         self._process: subprocess.Popen[bytes] | None = None
         self._words: queue.Queue[TrainWord | None] = queue.Queue()
@@ -66,7 +67,7 @@ class Trainer:
             paths = [str(_SOURCE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
             environment["PYTHONPATH"] = os.pathsep.join(paths)
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "worker.training"],
+                [sys.executable, "-P", "-m", "worker.training", "--worker", self._worker],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env=environment,

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from worker.training.checkpoint import MANIFEST, write_checkpoint
+from app.core.manifest import MANIFEST
+from worker.training.checkpoint import write_checkpoint
 
 
 def fill(dir: Path) -> None:

@@ -15,7 +15,7 @@ from worker.chat_template import ChatTemplate, TokenizedExample
 from worker.training import pulse
 from worker.training.data import Split, epoch_batches, flatten, micro_batches, read_split
 from worker.training.errors import TrainingError
-from worker.training.words import Working
+from worker.training.words import Section, Working
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_reading_a_long_file_gives_signs_of_life(
     monkeypatch.setattr(pulse, "EVERY_S", 0.0)
     file = write_examples(tmp_path / "a.jsonl", 3)
     words = read_split(file, "training_file", template=template, max_length=500, max_line_bytes=10_000)
-    assert list(words) == [Working(section="training_file")] * 3
+    assert list(words) == [Working(section=Section.SETUP)] * 3
 
 
 def call_only() -> dict[str, Any]:

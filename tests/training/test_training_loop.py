@@ -28,6 +28,7 @@ from worker.training.words import (
     CheckpointReady,
     Failed,
     Finished,
+    Section,
     Started,
     StepDone,
     TrainSpec,
@@ -240,8 +241,8 @@ def test_a_long_validation_gives_signs_of_life(
     file = write_examples(tmp_path / "valid.jsonl", 20)
     words = list(train(make_spec(validation_file=str(file), n_epochs=1), warm))
     sections = [word.section for word in words if isinstance(word, Working)]
-    assert sections[:31] == ["training_file"] * 11 + ["validation_file"] * 20
-    assert set(sections[31:]) == {"validation"}
+    assert sections[:31] == [Section.SETUP] * 31
+    assert set(sections[31:]) == {Section.VALIDATION}
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])

@@ -33,7 +33,7 @@ def models_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def trainer() -> Iterator[Trainer]:
     """One trainer whose child stays warm from test to test."""
-    trainer = Trainer(grace_s=1.0)
+    trainer = Trainer(grace_s=1.0, worker="test")
     yield trainer
     trainer.stop()
 

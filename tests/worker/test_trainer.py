@@ -106,7 +106,7 @@ def test_the_child_sees_no_address_and_no_password(
 def test_a_killed_child_is_told_by_its_signal_and_another_can_start(
     number: signal.Signals, spec: TrainSpec
 ) -> None:
-    trainer = Trainer(grace_s=1.0)
+    trainer = Trainer(grace_s=1.0, worker="test")
     trainer.start()
     assert trainer._process is not None
     os.kill(trainer._process.pid, number)
@@ -130,7 +130,7 @@ def odd_trainer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[tup
     starter.write_text(f"#!/bin/sh\nexec {sys.executable} {program}\n")
     starter.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(starter))
-    trainer = Trainer(grace_s=0.5)
+    trainer = Trainer(grace_s=0.5, worker="test")
     yield trainer, program
     trainer.stop()
 
@@ -193,7 +193,7 @@ def test_stop_ends_a_child_that_will_not_and_all_it_started(
 def test_the_child_ends_with_its_parent(tmp_path: Path) -> None:
     script = (
         "import os, sys, time; from worker.trainer import Trainer\n"
-        "t = Trainer(grace_s=1); t.start(); print(t._process.pid, flush=True)\n"
+        "t = Trainer(grace_s=1, worker='test'); t.start(); print(t._process.pid, flush=True)\n"
         "t.wait_ready(timeout_s=60); os.kill(os.getpid(), 9)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False, timeout=90)

@@ -16,7 +16,7 @@ from app.core.dataset import DatasetError, Example, read_examples, read_lines
 from worker.chat_template import ChatTemplate, ChatTemplateError, TokenizedExample
 from worker.training.errors import TrainingError
 from worker.training.pulse import Pulse
-from worker.training.words import Log, Working
+from worker.training.words import Log, Section, Working
 
 _HIDDEN_CALLS = (
     "Assistant messages that only call tools are not trained: this base model's chat template does not "
@@ -99,7 +99,7 @@ def read_split(
 
     `param` is the job's field the file came from. Raises TrainingError when nothing is left to train on.
     """
-    split, pulse = Split(), Pulse(param)
+    split, pulse = Split(), Pulse(Section.SETUP)
     number = 0
     try:
         with Path(path).open("rb") as file:

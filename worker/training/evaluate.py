@@ -14,7 +14,7 @@ from worker.chat_template import TokenizedExample
 from worker.training.data import micro_batches, sample_examples
 from worker.training.model import TunedModel
 from worker.training.pulse import Pulse
-from worker.training.words import Working
+from worker.training.words import Section, Working
 
 SAMPLE_EXAMPLES = 16  # a few per cent of noise at 115 tokens each, for a second of a laptop's time
 SAMPLES_PER_EPOCH = 4
@@ -38,7 +38,7 @@ class Validator:
         """
         if not self._sample or not (epoch_end or step % self._interval == 0):
             return {}
-        pulse = Pulse("validation")
+        pulse = Pulse(Section.VALIDATION, step)
         sample = yield from _score(tuned, self._sample, pulse)
         measured = _named("valid", sample)
         if epoch_end:

@@ -79,7 +79,7 @@ def _epochs(
     total_steps = spec.n_epochs * steps_per_epoch
     optimizer = _optimizer(tuned.parameters, spec.learning_rate)
     validator = Validator(validation, seed=spec.seed, steps_per_epoch=steps_per_epoch)
-    yield Started()
+    yield Started(step=0)
     started = time.monotonic()
     step = tokens_seen = 0
     for epoch in range(1, spec.n_epochs + 1):
