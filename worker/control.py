@@ -66,7 +66,7 @@ def keep_house(context: Context) -> None:
     with transaction(context.sessions) as session:
         swept = sweep(session, context.storage, context.sender, context.settings)
     with transaction(context.sessions) as session:
-        purged = purge(session, context.storage)
+        purged = purge(session, context.storage, context.settings)
     if purged or (swept is not None and (swept.requeued or swept.expired)):
         log.info("housekeeping: %s, %d things removed", swept, purged)
 

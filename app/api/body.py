@@ -6,6 +6,7 @@ lone surrogates through.
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any, Generic, TypeVar
 
 from anyio import to_thread
@@ -30,6 +31,7 @@ class JsonBody(Generic[Model]):
         """Read, parse and check; raises InvalidRequest."""
         _check_content_type(request.headers.get("content-type"))
         text = await request.body()
+        request.state.body_digest = hashlib.sha256(text).hexdigest()
         if len(text) <= INLINE_BYTES:
             return self._parse(text)
         return await to_thread.run_sync(self._parse, text)

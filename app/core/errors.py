@@ -4,7 +4,9 @@
     ├── InvalidRequest        400  the request is wrong; `param` says where
     ├── InvalidKey            401  no key, or one that is not valid
     ├── NotFound              404  absent, or of another project: the answer is the same
+    ├── KeyInUse              409  a request with the same Idempotency-Key is under way
     ├── TooLarge              413  more bytes than the limit
+    ├── KeyReused             422  the Idempotency-Key stands for another request
     ├── StorageFull           507  the disk has no room
     └── Unavailable           503  try again after `retry_after_s`
 
@@ -54,6 +56,31 @@ class NotFound(ServiceError):
 
     status = 404
     type = "invalid_request_error"
+
+
+class KeyInUse(ServiceError):
+    """A request with the same Idempotency-Key is under way; the official client comes back by itself."""
+
+    status = 409
+    type = "invalid_request_error"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="idempotency_key_in_use")
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Tells the client when to come back."""
+        return {"retry-after": "1"}
+
+
+class KeyReused(ServiceError):
+    """The Idempotency-Key was given to another request before."""
+
+    status = 422
+    type = "invalid_request_error"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="idempotency_key_reused")
 
 
 class TooLarge(ServiceError):

@@ -13,7 +13,7 @@ from functools import partial
 from sqlalchemy import or_, select, text
 from sqlalchemy.orm import Session
 
-from app.core import attempts, files, served_models
+from app.core import attempts, files, idempotency, served_models
 from app.core.attempts import Death
 from app.core.db import utc_now
 from app.core.outbox import after_commit
@@ -51,7 +51,7 @@ def sweep(session: Session, storage: Storage, sender: Sender, settings: Settings
     return Swept(hinted, requeued, expired)
 
 
-def purge(session: Session, storage: Storage) -> int:
+def purge(session: Session, storage: Storage, settings: Settings) -> int:
     """Remove bytes that no row needs any more; returns how many things went.
 
     A transaction of its own: a slow or broken disk must not keep dead jobs from their queue.
@@ -59,6 +59,7 @@ def purge(session: Session, storage: Storage) -> int:
     if not _alone(session):
         return 0
     gone = files.purge_deleted(session, storage) + served_models.purge_deleted(session, storage)
+    gone += idempotency.forget_old(session, settings)
     return gone + storage.drop_stale(age_s=STALE_S)
 
 

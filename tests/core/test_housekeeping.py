@@ -33,7 +33,7 @@ def clean(house: House) -> Swept | None:
 
 
 def remove(house: House) -> int:
-    removed = purge(house.session, house.storage)
+    removed = purge(house.session, house.storage, SETTINGS)
     house.session.commit()
     return removed
 

@@ -8,11 +8,12 @@ from typing import Annotated, BinaryIO
 from urllib.parse import quote
 
 from anyio import to_thread
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
 from app.api.context import Context
 from app.api.dependencies import CallerDep, ContextDep, SessionDep
+from app.api.once import Once, OnceDep
 from app.api.schemas.fields import Id
 from app.api.schemas.files import FileDeleted, FileObject, FilesQuery, file_object
 from app.api.schemas.lists import ListObject, list_object
@@ -20,6 +21,7 @@ from app.api.upload import Upload, begin_upload
 from app.core import files
 from app.core.db import transaction
 from app.core.errors import NotFound
+from app.core.idempotency import fingerprint
 
 router = APIRouter(prefix="/v1/files", tags=["files"])
 PIECE_BYTES = 256 * 1024
@@ -38,16 +40,18 @@ _FORM = {
 
 @router.post(
     "",
+    response_model=FileObject,
     openapi_extra={"requestBody": {"content": {"multipart/form-data": {"schema": _FORM}}, "required": True}},
 )
-async def create_file(request: Request, caller: CallerDep, context: ContextDep) -> FileObject:
+async def create_file(request: Request, caller: CallerDep, context: ContextDep, once: OnceDep) -> Response:
     """Upload a file."""
     settings = context.settings
     upload = begin_upload(request, context.storage, max_file_bytes=settings.max_file_bytes)
     await to_thread.run_sync(_check_room, context, caller.project_id)
     try:
         await upload.read(request)
-        return await to_thread.run_sync(partial(_publish, context, upload, project_id=caller.project_id))
+        publish = partial(_publish, context, upload, project_id=caller.project_id, once=once)
+        return await to_thread.run_sync(publish)
     finally:
         await to_thread.run_sync(upload.discard)
 
@@ -57,14 +61,18 @@ def _check_room(context: Context, project_id: str) -> None:
         files.check_room(session, project_id=project_id, max_bytes=context.settings.max_project_storage_bytes)
 
 
-def _publish(context: Context, upload: Upload, *, project_id: str) -> FileObject:
-    new = upload.new_file()
-    assert upload.pending is not None
-    with transaction(context.sessions) as session:
-        row = files.create_file(
-            session, context.storage, project_id=project_id, new=new, pending=upload.pending
+def _publish(context: Context, upload: Upload, *, project_id: str, once: Once) -> Response:
+    new, pending = upload.new_file(), upload.pending
+    assert pending is not None
+
+    def create() -> FileObject:
+        return file_object(
+            files.create_file(session, context.storage, project_id=project_id, new=new, pending=pending)
         )
-    return file_object(row)
+
+    said = fingerprint(new.filename, new.purpose, str(new.expires_after_s), pending.sha256)
+    with transaction(context.sessions) as session:
+        return once(session, create, body_digest=said)
 
 
 @router.get("")

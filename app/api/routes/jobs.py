@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Query
+from fastapi import APIRouter, Depends, Query, Response
 
 from app.api.body import JsonBody, json_request
 from app.api.dependencies import CallerDep, ContextDep, SessionDep
+from app.api.once import OnceDep
 from app.api.schemas.fields import Id
 from app.api.schemas.job_objects import (
     CheckpointObject,
@@ -25,11 +26,17 @@ router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
 CreateJobBody = Annotated[CreateJob, Depends(JsonBody(CreateJob))]
 
 
-@router.post("", openapi_extra=json_request(CreateJob))
-def create_job(body: CreateJobBody, caller: CallerDep, context: ContextDep, session: SessionDep) -> JobObject:
+@router.post("", response_model=JobObject, openapi_extra=json_request(CreateJob))
+def create_job(
+    body: CreateJobBody, caller: CallerDep, context: ContextDep, session: SessionDep, once: OnceDep
+) -> Response:
     """Create a fine-tuning job. Its files are checked afterwards; bad data fails the job."""
-    job = jobs.create_job(session, context.sender, context.catalogue, caller=caller, new=body.new_job())
-    return job_object(job)
+
+    def create() -> JobObject:
+        new = body.new_job()
+        return job_object(jobs.create_job(session, context.sender, context.catalogue, caller=caller, new=new))
+
+    return once(session, create)
 
 
 @router.get("")
