@@ -96,6 +96,21 @@ def doctor(data_dir: DataDir = None) -> None:
 
 
 @app.command()
+def fsck(
+    data_dir: DataDir = None,
+    repair: Annotated[bool, typer.Option("--repair", help="Do what is safe to do.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Nothing may be in flight either.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Compare sizes, not every byte.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Check that rows, storage and processes agree. Exit code 0: they do, 1: not, 2: cannot check."""
+    from app.cli.fsck import Wanted, check_installation
+
+    wanted = Wanted(repair=repair, strict=strict, quick=quick, as_json=as_json)
+    raise typer.Exit(check_installation(data_dir, wanted))
+
+
+@app.command()
 def demo(data_dir: DataDir = None) -> None:
     """Fine-tune the built-in model on the example data and show it against the base."""
     from app.cli.demo import demo as run_demo

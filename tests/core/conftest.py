@@ -6,10 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 import redis
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, sessionmaker
 
 from app.core.redis_client import make_redis
 from app.core.storage import Storage
+from tests.core.installation import Installation, make_installation
 from tests.core.rows import House, make_caller, make_sender
 
 
@@ -26,3 +27,9 @@ def client(redis_url: str) -> Iterator[redis.Redis]:
 def house(session: Session, storage: Storage, redis_url: str, client: redis.Redis) -> House:
     """A project with a key."""
     return House(session, storage, make_sender(redis_url), make_caller(session, "one"))
+
+
+@pytest.fixture
+def installation(house: House, sessions: sessionmaker[Session]) -> Installation:
+    """That project's installation, as `fsck` sees it."""
+    return make_installation(house, sessions)
