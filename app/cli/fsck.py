@@ -57,7 +57,8 @@ def format_finding(finding: Finding, *, mended: bool = False) -> str:
     mark = "done" if mended else "FAIL" if finding.severity is Severity.ERROR else "note"
     by_itself = " (--repair does it)" if finding.repair is not None and not mended else ""
     line = f"{mark:<5}{finding.invariant:<4}{finding.subject}: {finding.problem} -> {finding.cure}{by_itself}"
-    return line.encode("utf-8", "backslashreplace").decode()
+    # A name in storage may hold what no terminal should be sent.
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
 def _site(settings: Settings, engine: Engine, *, quick: bool) -> Site:
