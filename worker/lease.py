@@ -22,7 +22,7 @@ class Lease:
     passed without a renewal.
     """
 
-    def __init__(self, *, begun_at: float, safe_s: float, on_unsafe: Callable[[], None]) -> None:
+    def __init__(self, *, begun_at: float, safe_s: float, on_unsafe: Callable[[], object]) -> None:
         self._renewed_at = begun_at  # by time.monotonic()
         self._safe_s = safe_s
         self._on_unsafe = on_unsafe

@@ -80,7 +80,7 @@ class Runner:
         safe_s = self._settings.lease_s - margin_s
         with (
             bind(job=job.id, attempt=str(job.attempt)),
-            Lease(begun_at=claimed_at, safe_s=safe_s, on_unsafe=self._trainer.stop) as lease,
+            Lease(begun_at=claimed_at, safe_s=safe_s, on_unsafe=self._trainer.kill) as lease,
         ):
             _AttemptRun(self._context, self._trainer, job, lease=lease, stopping=self.stopping).run()
         return True

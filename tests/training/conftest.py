@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,7 +11,7 @@ import torch
 
 from tests.tiny import build_tiny_model, write_examples
 from worker.training.model import WarmBase
-from worker.training.words import TrainSpec
+from worker.training.words import TrainSpec, TrainWord, Working
 
 CPU = torch.device("cpu")
 T = TypeVar("T")
@@ -24,6 +24,11 @@ def result(generator: Generator[Any, None, T]) -> T:
             next(generator)
         except StopIteration as stop:
             return stop.value
+
+
+def told(words: Iterable[TrainWord]) -> list[TrainWord]:
+    """What was said, without the signs of life."""
+    return [word for word in words if not isinstance(word, Working)]
 
 
 @pytest.fixture(scope="session", autouse=True)

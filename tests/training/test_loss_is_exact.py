@@ -9,14 +9,15 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from tests.training.conftest import CPU
+from tests.training.conftest import CPU, result
 from worker.base_model import load_base_model, load_tokenizer
 from worker.chat_template import ChatTemplate, TokenizedExample
 from worker.training.data import flatten
-from worker.training.loop import backward
 from worker.training.loss import loss_sums
 from worker.training.model import TunedModel, WarmBase, tuned_model
-from worker.training.words import Adapter, TrainSpec
+from worker.training.pulse import Pulse
+from worker.training.step import backward
+from worker.training.words import Adapter, Section, TrainSpec
 
 # peft 0.21 asks transformers 5.23 for an attribute under its old name
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -104,7 +105,7 @@ def test_loss_and_gradients_equal_a_plain_padded_peft_loop(
         tuned.max_tokens = max_tokens
         tuned.model.train()
         random_factors(tuned)
-        loss, _ = backward(tuned, batch)
+        loss, _ = result(backward(tuned, batch, Pulse(Section.STEP)))
 
         reference = peft_reference(tiny_dir, spec).train()
         theirs = [weight for weight in reference.parameters() if weight.requires_grad]
@@ -157,7 +158,7 @@ def test_evaluation_leaves_nf4_weights_trainable(
     with tuned_model(make_spec(adapter=Adapter.QLORA), warm) as tuned:
         tuned.model.train()
         random_factors(tuned)
-        before, _ = backward(tuned, batch)
+        before, _ = result(backward(tuned, batch, Pulse(Section.STEP)))
         gradients = [weight.grad.clone() for weight in tuned.parameters]
         tuned.model.train(False)
         with torch.no_grad():
@@ -165,6 +166,6 @@ def test_evaluation_leaves_nf4_weights_trainable(
         tuned.model.train()
         for weight in tuned.parameters:
             weight.grad = None
-        after, _ = backward(tuned, batch)
+        after, _ = result(backward(tuned, batch, Pulse(Section.STEP)))
         assert after == before
         assert all(torch.equal(w.grad, g) for w, g in zip(tuned.parameters, gradients, strict=True))

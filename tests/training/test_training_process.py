@@ -14,7 +14,19 @@ from pathlib import Path
 import pytest
 
 from tests.tiny import write_examples
-from worker.training.words import TRAIN_WORD, Failed, Finished, Ready, Started, StepDone, TrainSpec, TrainWord
+from worker.training.words import (
+    TRAIN_WORD,
+    CheckpointReady,
+    Failed,
+    Finished,
+    Ready,
+    Started,
+    StepDone,
+    Stopped,
+    TrainSpec,
+    TrainWord,
+    Working,
+)
 
 MakeSpec = Callable[..., TrainSpec]
 Child = subprocess.Popen[bytes]
@@ -53,13 +65,16 @@ def say(child: Child, text: str) -> None:
 
 
 def hear(child: Child) -> TrainWord:
+    """The next word that is no mere sign of life."""
     assert child.stdout is not None
-    return TRAIN_WORD.validate_json(child.stdout.readline())
+    while isinstance(word := TRAIN_WORD.validate_json(child.stdout.readline()), Working):
+        pass
+    return word
 
 
 def hear_all(child: Child) -> list[TrainWord]:
     words = [hear(child)]
-    while not isinstance(words[-1], Finished | Failed):
+    while not isinstance(words[-1], Finished | Failed | Stopped):
         words.append(hear(child))
     return words
 
@@ -121,14 +136,47 @@ def test_the_child_ends_when_its_stdin_closes_in_the_middle_of_a_job(
     assert child.wait(timeout=10) == 0
 
 
-def test_the_child_ends_at_sigterm_in_the_middle_of_a_job(
-    child: Child, make_spec: MakeSpec, tmp_path: Path
+def test_sigterm_ends_a_job_with_a_checkpoint_and_the_child_takes_the_next(
+    warm_child: Child, make_spec: MakeSpec, tmp_path: Path
 ) -> None:
-    say(child, long_spec(make_spec, tmp_path).model_dump_json())
+    say(warm_child, long_spec(make_spec, tmp_path).model_dump_json())
+    while not isinstance(hear(warm_child), StepDone):
+        pass
+    warm_child.terminate()
+    *_, done, kept, stopped = hear_all(warm_child)
+    assert isinstance(kept, CheckpointReady)
+    assert isinstance(done, StepDone)
+    assert stopped == Stopped(step=kept.metrics.step)
+    assert done.metrics == kept.metrics
+    say(warm_child, make_spec().model_dump_json())
+    assert isinstance(hear_all(warm_child)[-1], Finished)
+
+
+def test_sigterm_in_setup_ends_the_job_without_a_checkpoint(
+    warm_child: Child, make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    file = write_examples(tmp_path / "huge.jsonl", 20_000)
+    say(warm_child, make_spec(training_file=str(file)).model_dump_json())
+    assert warm_child.stdout is not None
+    assert isinstance(TRAIN_WORD.validate_json(warm_child.stdout.readline()), Working)
+    warm_child.terminate()
+    assert hear(warm_child) == Stopped(step=0)
+    assert not (tmp_path / "attempt").exists()
+
+
+def test_sigterm_ends_an_idle_child(child: Child) -> None:
+    child.terminate()
+    assert child.wait(timeout=10) == 0
+
+
+def test_a_child_asked_to_stop_when_its_job_is_over_ends(child: Child, make_spec: MakeSpec) -> None:
+    say(child, make_spec(n_epochs=1, batch_size=20).model_dump_json())  # a single step
     while not isinstance(hear(child), StepDone):
         pass
     child.terminate()
-    assert child.wait(timeout=10) == -signal.SIGTERM
+    assert isinstance(hear(child), CheckpointReady)
+    assert isinstance(hear(child), Finished)
+    assert child.wait(timeout=10) == 0
 
 
 def test_the_child_ends_when_its_parent_is_killed_though_another_process_holds_its_stdin_open() -> None:

@@ -1,22 +1,24 @@
 """The warm child process of the training worker: one TrainSpec a line on stdin, words as lines on stdout.
 
-`python -m worker.training`. It lives as long as its parent and no longer; what its words mean to a job it
-does not know.
+`python -m worker.training --worker NAME --parent PID`. It lives as long as its parent and no longer; what
+its words mean to a job it does not know.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import queue
 import signal
 import sys
 import threading
-import time
 import traceback
+from types import FrameType
 from typing import TYPE_CHECKING, BinaryIO
 
 from worker.threads import wait_briefly
-from worker.training.words import Ready, TrainSpec, TrainWord
+from worker.training.lifeline import die_with_parent
+from worker.training.words import Ready, Stopped, TrainSpec, TrainWord
 
 if TYPE_CHECKING:
     from worker.training.model import WarmBase
@@ -35,9 +37,8 @@ class Lines:
         self._queue: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 
     def start(self) -> None:
-        """Watch the parent from threads, so that its death is seen in the middle of a step too."""
+        """Listen from a thread, so that the end of the pipe is seen in the middle of a step too."""
         threading.Thread(target=self._read, daemon=True).start()
-        threading.Thread(target=_die_with_parent, args=(os.getppid(),), daemon=True).start()
 
     def next_line(self) -> bytes:
         return self._queue.get()
@@ -54,8 +55,25 @@ class Lines:
         os._exit(0)
 
 
+class Ask:
+    """SIGTERM: the end of the present job, with a checkpoint; where there is none, of this process."""
+
+    def __init__(self) -> None:
+        self.heard = threading.Event()
+        self.is_busy = False
+
+    def __call__(self, _signal: int, _frame: FrameType | None) -> None:
+        if not self.is_busy:
+            os._exit(0)
+        self.heard.set()
+
+
 def main() -> None:
     """Answer specs until stdin closes."""
+    options = argparse.ArgumentParser()
+    options.add_argument("--worker", help="whose child this is; only to be seen in lists of processes")
+    options.add_argument("--parent", type=int, help="its process id")
+    die_with_parent(options.parse_args().parent)
     wait_briefly()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
@@ -68,32 +86,34 @@ def main() -> None:
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     warm = WarmBase(pick_device())
+    ask = Ask()
+    signal.signal(signal.SIGTERM, ask)
     lines.say(Ready(device=str(warm.device)))
     while True:
-        _answer(lines, lines.next_line(), warm)
+        line = lines.next_line()
+        ask.is_busy = True
+        word = _answer(lines, line, warm, stop=ask.heard)
+        ask.is_busy = False
+        if ask.heard.is_set() and not isinstance(word, Stopped):
+            return  # asked when there was nothing left to stop but this process
+        ask.heard.clear()
 
 
-def _answer(lines: Lines, line: bytes, warm: WarmBase) -> None:
+def _answer(lines: Lines, line: bytes, warm: WarmBase, *, stop: threading.Event) -> TrainWord:
+    """Say all words of one job; returns the last."""
     from worker.training.errors import server_error
     from worker.training.loop import train
 
+    word: TrainWord = server_error().word
     try:
-        for word in train(TrainSpec.model_validate_json(line), warm):
+        for word in train(TrainSpec.model_validate_json(line), warm, stop=stop):
             lines.say(word)
     except Exception:
         traceback.print_exc(file=sys.stderr)
         warm.drop()
-        lines.say(server_error())
-
-
-def _die_with_parent(parent: int) -> None:
-    """End when the parent is gone, even if some other process still holds stdin's far end open.
-
-    Not PR_SET_PDEATHSIG: it fires when the thread that started us ends, and Linux knows it alone.
-    """
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(0)
+        word = server_error().word
+        lines.say(word)
+    return word
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ Knows the JSONL format through `app.core.dataset` and tokens through the chat te
 
 from __future__ import annotations
 
+import hashlib
 import random
+from array import array
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +15,7 @@ from pathlib import Path
 import torch
 
 from app.core.dataset import DatasetError, Example, read_examples, read_lines
+from app.core.failures import FailureCode
 from worker.chat_template import ChatTemplate, ChatTemplateError, TokenizedExample
 from worker.training.errors import TrainingError
 from worker.training.pulse import Pulse
@@ -37,6 +40,15 @@ class Split:
     @property
     def tokens(self) -> int:
         return sum(len(example.ids) for example in self.examples)
+
+    def sha256(self) -> str:
+        """Hex digest of what is trained on: every token, and which of them are labels."""
+        digest = hashlib.sha256()
+        for example in self.examples:
+            digest.update(len(example.ids).to_bytes(8, "little"))
+            digest.update(array("q", example.ids).tobytes())
+            digest.update(bytes(example.is_label))
+        return digest.hexdigest()
 
     def add(self, example: Example, template: ChatTemplate, max_length: int) -> None:
         """Tokenise one more example, cut at `max_length` tokens."""
@@ -112,7 +124,9 @@ def read_split(
     except ChatTemplateError as error:
         raise _invalid(param, f"Example {number}: {error}") from error
     if not split.examples:
-        raise TrainingError("no_trainable_tokens", _nothing_left(param, split, max_length), param=param)
+        raise TrainingError(
+            FailureCode.NO_TRAINABLE_TOKENS, _nothing_left(param, split, max_length), param=param
+        )
     return split
 
 
@@ -191,7 +205,7 @@ def _shared_tokens(batch: Sequence[TokenizedExample]) -> int:
 def _invalid(param: str, what: str) -> TrainingError:
     """In the words in which a file is refused before its job is queued."""
     message = f"The job failed due to an invalid {param.replace('_', ' ')}. {what}"
-    return TrainingError(f"invalid_{param}", message, param=param)
+    return TrainingError(FailureCode(f"invalid_{param}"), message, param=param)
 
 
 def _nothing_left(param: str, split: Split, max_length: int) -> str:

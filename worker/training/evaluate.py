@@ -39,6 +39,7 @@ class Validator:
         if not self._sample or not (epoch_end or step % self._interval == 0):
             return {}
         pulse = Pulse(Section.VALIDATION, step)
+        yield from pulse.begin()
         sample = yield from _score(tuned, self._sample, pulse)
         measured = _named("valid", sample)
         if epoch_end:

@@ -6,42 +6,60 @@ Pure: it knows files and tensors; who listens to the words, and what becomes of 
 from __future__ import annotations
 
 import math
+import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
+from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
+from app.core.manifest import TRAINING_STATE
 from worker.base_model import pick_device
 from worker.chat_template import ChatTemplate, TokenizedExample
 from worker.training.checkpoint import write_checkpoint
-from worker.training.data import Split, epoch_batches, label_count, micro_batches, read_split
-from worker.training.errors import TrainingError, failure_of
+from worker.training.data import epoch_batches
+from worker.training.errors import failure_of
 from worker.training.evaluate import Validator
 from worker.training.model import TunedModel, WarmBase, tuned_model
+from worker.training.plan import Plan, read_plan
+from worker.training.pulse import Pulse
+from worker.training.resume import Progress, Resume, find_resume, step_of
+from worker.training.state import RandomState, load_optimizer, save_optimizer
+from worker.training.step import train_step
 from worker.training.words import (
     CheckpointReady,
     Finished,
     Metrics,
+    Section,
     Started,
     StepDone,
+    Stopped,
     TrainSpec,
     TrainWord,
 )
 
 WARMUP_SHARE = 0.05  # of all steps: Adam's second moments are noise at first
-MAX_GRADIENT_NORM = 1.0
 WEIGHT_DECAY = 0.0  # runs are short, and a LoRA factor that decays pulls back to the base, not to nothing
+T = TypeVar("T")
 
 
-def train(spec: TrainSpec, warm: WarmBase | None = None) -> Iterator[TrainWord]:
-    """Run one attempt. The last word is `Finished` or `Failed`; errors that are ours are raised.
+class _Asked(Exception):
+    """Somebody wants the attempt to end."""
 
-    `warm` keeps the base model for the next call. Closing the generator stops after the current step.
+
+def train(
+    spec: TrainSpec, warm: WarmBase | None = None, *, stop: threading.Event | None = None
+) -> Iterator[TrainWord]:
+    """Run one attempt. The last word is `Finished`, `Stopped` or `Failed`; errors that are ours are raised.
+
+    `warm` keeps the base model for the next call. Once `stop` is set, the attempt ends after the present
+    step with a checkpoint. Closing the generator ends it without one.
     """
     warm = warm or WarmBase(pick_device())
     try:
-        yield from _attempt(spec, warm)
+        yield from _attempt(spec, warm, stop or threading.Event())
         return
     except Exception as error:
         failed = failure_of(error)
@@ -50,98 +68,134 @@ def train(spec: TrainSpec, warm: WarmBase | None = None) -> Iterator[TrainWord]:
     yield failed
 
 
-def _attempt(spec: TrainSpec, warm: WarmBase) -> Iterator[TrainWord]:
-    template = ChatTemplate(warm.tokenizer(spec.base_model_dir), spec.chat_template)
-    training = yield from _read(spec, "training_file", template)
-    validation = Split()
-    if spec.validation_file is not None:
-        validation = yield from _read(spec, "validation_file", template)
-    with tuned_model(spec, warm) as tuned:
-        yield from _epochs(spec, tuned, training, validation.examples)
+def _attempt(spec: TrainSpec, warm: WarmBase, stop: threading.Event) -> Iterator[TrainWord]:
+    try:
+        template = ChatTemplate(warm.tokenizer(spec.base_model_dir), spec.chat_template)
+        plan = yield from _until_asked(stop, read_plan(spec, template))
+        resume = yield from _until_asked(stop, find_resume(spec.resume_from, plan.fingerprint))
+    except _Asked:
+        yield Stopped(step=max((step_of(Path(folder)) for folder in spec.resume_from[:1]), default=0))
+        return
+    if resume is not None and resume.progress.step == plan.total_steps:
+        yield Started(step=plan.total_steps)
+        yield Finished(trained_tokens=plan.trained_tokens, steps=plan.total_steps)
+        return
+    with tuned_model(spec, warm, weights_dir=resume.folder if resume else None) as tuned:
+        yield from _Run(plan, tuned, resume).words(stop)
 
 
-def _read(spec: TrainSpec, param: str, template: ChatTemplate) -> Generator[TrainWord, None, Split]:
-    split = yield from read_split(
-        getattr(spec, param),
-        param,
-        template=template,
-        max_length=spec.max_length,
-        max_line_bytes=spec.max_line_bytes,
-    )
-    yield from split.warnings(param.removesuffix("_file"), spec.max_length)
-    return split
+def _until_asked(
+    stop: threading.Event, words: Generator[TrainWord, None, T]
+) -> Generator[TrainWord, None, T]:
+    """Hand the words on; raises _Asked in between once `stop` is set."""
+    while not stop.is_set():
+        try:
+            yield next(words)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+    raise _Asked
 
 
-def _epochs(
-    spec: TrainSpec, tuned: TunedModel, training: Split, validation: Sequence[TokenizedExample]
-) -> Iterator[TrainWord]:
-    steps_per_epoch = math.ceil(len(training.examples) / spec.batch_size)
-    total_steps = spec.n_epochs * steps_per_epoch
-    optimizer = _optimizer(tuned.parameters, spec.learning_rate)
-    validator = Validator(validation, seed=spec.seed, steps_per_epoch=steps_per_epoch)
-    yield Started(step=0)
-    started = time.monotonic()
-    step = tokens_seen = 0
-    for epoch in range(1, spec.n_epochs + 1):
-        for batch in epoch_batches(training.examples, spec.batch_size, seed=spec.seed, epoch=epoch):
-            step += 1
-            rate = learning_rate_at(step, total_steps, spec.learning_rate)
-            loss, accuracy = train_step(tuned, optimizer, batch, rate)
-            epoch_end = step == epoch * steps_per_epoch
+class _Run:
+    """The steps of one attempt, from a checkpoint on or from the beginning."""
+
+    def __init__(self, plan: Plan, tuned: TunedModel, resume: Resume | None) -> None:
+        self._plan = plan
+        self._spec = plan.spec
+        self._tuned = tuned
+        self._optimizer = _optimizer(tuned.parameters, plan.spec.learning_rate)
+        self._validator = Validator(
+            plan.validation.examples, seed=plan.spec.seed, steps_per_epoch=plan.steps_per_epoch
+        )
+        self._progress = Progress()
+        if resume is not None:
+            self._progress = resume.progress
+            tuned.max_tokens = resume.progress.max_tokens or tuned.max_tokens
+            tuned.shrinks = resume.progress.shrinks
+            load_optimizer(resume.folder, self._optimizer, tuned.parameters)
+            RandomState.load(resume.folder).put_back(tuned.device)
+        tuned.model.train()
+        self._kept = self._progress.step  # the step of the last checkpoint
+        self._kept_at = time.monotonic()
+
+    def words(self, stop: threading.Event) -> Iterator[TrainWord]:
+        """Train to the end, or until `stop` is set and the present step is kept."""
+        if stop.is_set():
+            yield Stopped(step=self._kept)
+            return
+        yield Started(step=self._kept)
+        begun = time.monotonic() - self._progress.elapsed_s
+        for step, batch in self._batches():
+            metrics, rate = yield from self._step(step, batch)
             tokens = sum(len(example.ids) for example in batch)
-            tokens_seen += tokens
-            measured = yield from validator.measure(tuned, step, epoch_end=epoch_end)
-            metrics = Metrics(step=step, train_loss=loss, train_mean_token_accuracy=accuracy, **measured)
-            elapsed_s = time.monotonic() - started
+            progress = self._advance(step, tokens, elapsed_s=time.monotonic() - begun)
             yield StepDone(
                 metrics=metrics,
-                total_steps=total_steps,
-                epoch=epoch,
+                total_steps=self._plan.total_steps,
+                epoch=math.ceil(step / self._plan.steps_per_epoch),
                 learning_rate=rate,
                 tokens=tokens,
-                elapsed_s=elapsed_s,
-                tokens_per_second=tokens_seen / elapsed_s,
+                elapsed_s=progress.elapsed_s,
+                tokens_per_second=progress.tokens_seen / progress.elapsed_s,
             )
-            if epoch_end or (spec.checkpoint_interval and step % spec.checkpoint_interval == 0):
-                dir = write_checkpoint(Path(spec.output_dir), step, tuned.save)
-                yield CheckpointReady(metrics=metrics, dir=str(dir))
-    yield Finished(trained_tokens=training.tokens * spec.n_epochs, steps=total_steps)
+            if stop.is_set() or self._is_checkpoint_due(step):
+                yield from self._keep(metrics)
+            if stop.is_set() and self._kept == step < self._plan.total_steps:
+                yield Stopped(step=step)
+                return
+        yield Finished(trained_tokens=self._plan.trained_tokens, steps=self._plan.total_steps)
 
+    def _batches(self) -> Iterator[tuple[int, list[TokenizedExample]]]:
+        """What is left to do: the number of each step, and its batch."""
+        step, per_epoch = self._progress.step, self._plan.steps_per_epoch
+        for epoch in range(step // per_epoch + 1, self._spec.n_epochs + 1):
+            batches = epoch_batches(
+                self._plan.training.examples, self._spec.batch_size, seed=self._spec.seed, epoch=epoch
+            )
+            for batch in islice(batches, step % per_epoch, None):
+                step += 1
+                yield step, batch
 
-def train_step(
-    tuned: TunedModel, optimizer: torch.optim.Optimizer, batch: Sequence[TokenizedExample], rate: float
-) -> tuple[float, float]:
-    """One optimizer step at learning rate `rate`; returns (loss, token accuracy) before the step.
+    def _step(
+        self, step: int, batch: list[TokenizedExample]
+    ) -> Generator[TrainWord, None, tuple[Metrics, float]]:
+        rate = learning_rate_at(step, self._plan.total_steps, self._spec.learning_rate)
+        loss, accuracy = yield from train_step(self._tuned, self._optimizer, batch, step=step, rate=rate)
+        epoch_end = step % self._plan.steps_per_epoch == 0
+        measured = yield from self._validator.measure(self._tuned, step, epoch_end=epoch_end)
+        return Metrics(step=step, train_loss=loss, train_mean_token_accuracy=accuracy, **measured), rate
 
-    The loss is the mean negative log-likelihood in nats over all trained tokens of the batch, however it is
-    split to fit into memory, so a batch's gradient does not depend on the machine.
-    """
-    loss, accuracy = backward(tuned, batch)
-    norm = torch.nn.utils.clip_grad_norm_(tuned.parameters, MAX_GRADIENT_NORM)
-    if not (math.isfinite(loss) and math.isfinite(norm.item())):
-        raise TrainingError(
-            "non_finite_loss",
-            "The training loss is no longer a finite number, so the run diverged. "
-            "Lower learning_rate_multiplier and try again.",
-            param="hyperparameters.learning_rate_multiplier",
+    def _advance(self, step: int, tokens: int, *, elapsed_s: float) -> Progress:
+        self._progress = Progress(
+            step=step,
+            tokens_seen=self._progress.tokens_seen + tokens,
+            elapsed_s=elapsed_s,
+            max_tokens=self._tuned.max_tokens if self._tuned.shrinks else None,
+            shrinks=self._tuned.shrinks,
         )
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return loss, accuracy
+        return self._progress
 
+    def _is_checkpoint_due(self, step: int) -> bool:
+        interval, every_s = self._spec.checkpoint_interval, self._spec.checkpoint_every_s
+        return (
+            step % self._plan.steps_per_epoch == 0
+            or (interval is not None and step % interval == 0)
+            or (every_s is not None and time.monotonic() - self._kept_at >= every_s)
+        )
 
-def backward(tuned: TunedModel, batch: Sequence[TokenizedExample]) -> tuple[float, float]:
-    """Add the gradient of the batch's mean loss to the parameters; return that loss and the accuracy."""
-    count = label_count(batch)
-    loss_sum, correct_sum = 0.0, 0
-    for part in micro_batches(batch, tuned.max_tokens):
-        loss, correct, _ = tuned.sums(part)
-        (loss / count).backward()  # type: ignore[no-untyped-call]
-        loss_sum += loss.item()
-        correct_sum += int(correct.item())
-    return loss_sum / count, correct_sum / count
+    def _keep(self, metrics: Metrics) -> Iterator[TrainWord]:
+        yield from Pulse(Section.CHECKPOINT, metrics.step).begin()
+        folder = write_checkpoint(Path(self._spec.output_dir), metrics.step, self._fill)
+        self._kept, self._kept_at = metrics.step, time.monotonic()
+        yield CheckpointReady(metrics=metrics, dir=str(folder))
+
+    def _fill(self, folder: Path) -> None:
+        self._tuned.save(folder)
+        (folder / TRAINING_STATE).mkdir()
+        save_optimizer(folder, self._optimizer, self._tuned.parameters)
+        RandomState.take(self._tuned.device).save(folder)
+        self._progress.write(folder, self._plan.fingerprint)
 
 
 def learning_rate_at(step: int, total_steps: int, peak: float) -> float:

@@ -17,10 +17,11 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import save_file
 from transformers.pytorch_utils import Conv1D
 
+from app.core.failures import FailureCode
 from worker.base_model import compute_dtype, load_base_model, load_tokenizer
 from worker.chat_template import TokenizedExample
 from worker.training.attention import SEGMENTED
-from worker.training.data import flatten
+from worker.training.data import flatten, micro_batches
 from worker.training.errors import TrainingError
 from worker.training.loss import Sums, loss_sums
 from worker.training.words import Adapter, TrainSpec
@@ -85,6 +86,7 @@ class TunedModel:
         self.model = model
         self.device = warm.device
         self.max_tokens = _MAX_TOKENS[self.device.type]
+        self.shrinks = 0  # how often `max_tokens` was lowered
         # Exact only without dropout, which draws anew for each example.
         self._share_prefix = spec.dropout == 0.0
         self.parameters = [weight for weight in model.parameters() if weight.requires_grad]
@@ -98,6 +100,17 @@ class TunedModel:
         mixed = self._dtype is not torch.float32
         with torch.autocast(self.device.type, dtype=self._dtype, enabled=mixed):
             return loss_sums(self.model, batch)
+
+    def shrink(self, batch: Sequence[TokenizedExample]) -> bool:
+        """Halve the tokens of one pass, so that `batch` takes more of them; False where it cannot."""
+        parts = list(micro_batches(batch, self.max_tokens))
+        if len(parts) == len(batch):
+            return False
+        self.max_tokens = max(sum(len(example.ids) for example in part) for part in parts) // 2
+        self.shrinks += 1
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # in pieces that no longer fit
+        return True
 
     def save(self, dir: Path) -> None:
         """Write a PEFT folder, or a whole model with its tokenizer, into `dir`; safetensors only."""
@@ -121,18 +134,22 @@ class TunedModel:
 
 
 @contextmanager
-def tuned_model(spec: TrainSpec, warm: WarmBase) -> Iterator[TunedModel]:
-    """The model `spec` asks for; afterwards the warm base is as it was before."""
+def tuned_model(spec: TrainSpec, warm: WarmBase, *, weights_dir: Path | None = None) -> Iterator[TunedModel]:
+    """The model `spec` asks for; afterwards the warm base is as it was before.
+
+    `weights_dir` is a checkpoint of this very run, to go on with its weights.
+    """
     torch.manual_seed(spec.seed)  # LoRA's first factors and dropout
+    start = spec.start_from_dir if weights_dir is None else str(weights_dir)
     if spec.adapter is Adapter.FULL:
-        yield TunedModel(_full(spec, warm), None, spec, warm)
+        yield TunedModel(_full(start or spec.base_model_dir, warm), None, spec, warm)
         return
     base = warm.take(spec.base_model_dir, quantize_4bit=spec.adapter is Adapter.QLORA)
-    if spec.start_from_dir is None:
+    if start is None:
         _check_target_modules(base, spec.target_modules)
     peft = None
     try:
-        peft = _with_lora(base, spec)
+        peft = _with_lora(base, spec, start)
         yield TunedModel(base, peft, spec, warm)
     except BaseException:
         warm.drop()  # in what state it is now, nobody knows
@@ -142,25 +159,24 @@ def tuned_model(spec: TrainSpec, warm: WarmBase) -> Iterator[TunedModel]:
         base.requires_grad_(False)
 
 
-def _full(spec: TrainSpec, warm: WarmBase) -> PreTrainedModel:
-    start = spec.start_from_dir or spec.base_model_dir
+def _full(start: str, warm: WarmBase) -> PreTrainedModel:
     if (Path(start) / ADAPTER_CONFIG).exists():
         raise _wrong_start("a LoRA adapter", "full")
     model = warm.load_fresh(start)
     return model.requires_grad_(True)
 
 
-def _with_lora(base: PreTrainedModel, spec: TrainSpec) -> PeftModel:
+def _with_lora(base: PreTrainedModel, spec: TrainSpec, start: str | None) -> PeftModel:
     with warnings.catch_warnings():
         # peft 0.21 asks transformers 5.23 for an attribute under its old name
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-        if spec.start_from_dir is None:
+        if start is None:
             return get_peft_model(base, _lora_config(spec))
-        if not (Path(spec.start_from_dir) / ADAPTER_CONFIG).exists():
+        if not (Path(start) / ADAPTER_CONFIG).exists():
             raise _wrong_start("a whole model", spec.adapter)
-        config = LoraConfig.from_pretrained(spec.start_from_dir)
+        config = LoraConfig.from_pretrained(start)
         config.lora_dropout = spec.dropout  # of this run; rank, alpha and layers are the adapter's shape
-        return PeftModel.from_pretrained(base, spec.start_from_dir, is_trainable=True, config=config)
+        return PeftModel.from_pretrained(base, start, is_trainable=True, config=config)
 
 
 def _check_target_modules(base: PreTrainedModel, wanted: Sequence[str]) -> None:
@@ -172,7 +188,7 @@ def _check_target_modules(base: PreTrainedModel, wanted: Sequence[str]) -> None:
     if unknown:
         known = ", ".join(dict.fromkeys(layer.rpartition(".")[2] for layer in layers))
         raise TrainingError(
-            "invalid_value",
+            FailureCode.INVALID_VALUE,
             "luthier.target_modules names no linear layer of this model's blocks: "
             f"{', '.join(map(repr, unknown))}. Its layers are {known}.",
             param="luthier.target_modules",
@@ -191,7 +207,7 @@ def _lora_config(spec: TrainSpec) -> LoraConfig:
 
 def _wrong_start(what: str, adapter: str) -> TrainingError:
     return TrainingError(
-        "invalid_model",
+        FailureCode.INVALID_MODEL,
         f"The model to go on from is {what}, which method luthier.adapter={adapter} cannot continue. "
         "Use the adapter that model was made with.",
         param="model",

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from worker.training.words import Section, Working
 
-EVERY_S = 5.0  # far below any patience the parent may have, far above the cost of a line
+EVERY_S = 2.0  # far below any patience the parent may have, far above the cost of a line
 
 
 class Pulse:

@@ -11,6 +11,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from app.core.failures import FailureCode
+
 
 class Wire(BaseModel):
     """Plain data that crosses a process border."""
@@ -105,8 +107,8 @@ class StepDone(Wire):
     epoch: int  # 1-based
     learning_rate: float
     tokens: int  # tokens of this step's batch
-    elapsed_s: float  # since `Started`
-    tokens_per_second: float  # mean since `Started`
+    elapsed_s: float  # of training up to now, in all attempts that led here
+    tokens_per_second: float  # mean over that time
 
 
 class CheckpointReady(Wire):
@@ -139,7 +141,7 @@ class Failed(Wire):
     """The attempt ended by an error. `retryable` is true where the machine, not the user, is at fault."""
 
     word: Literal["failed"] = "failed"
-    code: str
+    code: FailureCode
     message: str
     param: str | None = None
     retryable: bool = False
