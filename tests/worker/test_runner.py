@@ -144,10 +144,7 @@ def test_a_job_whose_child_is_shot_is_tried_again_and_succeeds(desk: Desk, train
     assert (job.attempt, job.deaths) == (2, 1)
     assert desk.steps(job_id) == list(range(1, 41))
     words = desk.words(job_id)
-    assert (
-        "The trainer was killed by SIGKILL (out of memory, most likely). "
-        "The job is queued again (attempt 1 of 3)"
-    ) in words
+    assert ("The trainer was killed by SIGKILL. The job is queued again (attempt 1 of 3)") in words
     assert words.count("Fine-tuning job started") == 2
     made = [int(word.split()[4]) for word in words if word.startswith("Checkpoint created")]
     assert made == [10, 20, 30, 40]

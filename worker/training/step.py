@@ -85,7 +85,7 @@ def _fitting_backward(
             raise device_out_of_memory()
         yield Log(
             level="warn",
-            message=f"The device had too little memory in step {step}. Batches are now computed in parts of "
-            f"at most {tuned.max_tokens} tokens (change {tuned.shrinks} of at most {MAX_SHRINKS}); batch size "
+            message=f"The device had too little memory in step {step}. Batches are now computed in parts "
+            f"of at most {tuned.max_tokens} tokens (cut {tuned.shrinks} of at most {MAX_SHRINKS}); batch size "
             "and result stay the same.",
         )
