@@ -22,6 +22,8 @@ from app.core.settings import Settings
 from app.core.storage import Storage
 from app.core.token_stream import reply_stream
 
+PATIENCE_S = 1.5  # for a lock, a connection, a word of the broker: whoever asks can come back
+LAST_HINTS_S = 1.0  # how long hints may take to leave a process that ends
 HEALTH_THREADS = 12  # of their own: a hanging check must not take the threads of requests
 
 
@@ -44,11 +46,12 @@ class Context:
 @asynccontextmanager
 async def open_context(settings: Settings) -> AsyncIterator[Context]:
     """Open all of it; neither database nor broker has to be there yet."""
-    engine = make_engine(settings.database_url)
+    engine = make_engine(settings.database_url, patience_s=PATIENCE_S)
     celery = make_celery(settings)
-    client = make_redis(settings.redis_url)
+    client = make_redis(settings.redis_url, patience_s=PATIENCE_S)
     replies = ReplyReader(make_async_redis(settings.redis_url), reply_stream(random_name(12)))
     try:
+        sender = Sender(celery)
         async with replies.running():
             yield Context(
                 settings=settings,
@@ -56,12 +59,13 @@ async def open_context(settings: Settings) -> AsyncIterator[Context]:
                 sessions=make_sessions(engine),
                 storage=Storage(settings.storage_dir),
                 catalogue=load_catalogue(settings.models_file),
-                sender=Sender(celery),
+                sender=sender,
                 redis=client,
                 replies=replies,
                 engines=Engines(client),
                 health_threads=CapacityLimiter(HEALTH_THREADS),
             )
+        sender.flush(timeout_s=LAST_HINTS_S)
     finally:
         client.close()
         celery.close()

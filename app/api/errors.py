@@ -7,16 +7,14 @@ import logging
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from kombu.exceptions import OperationalError as BrokerError
-from redis.exceptions import RedisError
-from sqlalchemy.exc import DataError, InterfaceError, OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.exc import DataError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
 from app.api.faults import shown, to_invalid_request
-from app.core.errors import InvalidRequest, ServiceError, Unavailable
+from app.api.outages import find_outage
+from app.core.errors import InvalidRequest, ServiceError
 
 log = logging.getLogger(__name__)
 CLIENT_GONE = 499  # nginx's number; nobody is left to read it
@@ -42,24 +40,25 @@ def envelope(error: ServiceError) -> JSONResponse:
     return JSONResponse({"error": body}, status_code=error.status, headers=headers)
 
 
-def server_error() -> JSONResponse:
-    """The answer to a failure nobody expected."""
+def last_resort(error: Exception) -> JSONResponse:
+    """The answer to a failure no route expected: come back later, or a bug of ours."""
+    outage = find_outage(error)
+    if outage is not None:
+        cause = getattr(error, "orig", None) or error
+        log.error("%s: %s", type(cause).__module__.partition(".")[0], type(cause).__name__)
+        return envelope(outage)
+    log.error("unexpected failure", exc_info=error)
     return envelope(ServiceError("The server had an error while processing your request. Please try again."))
 
 
 def install(app: FastAPI) -> None:
-    """Register the handlers. Exceptions none of them knows end in the middleware."""
+    """Register the handlers. Exceptions none of them knows end in the middleware, as outages do."""
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_exception)
     app.add_exception_handler(DataError, _data_error)
     app.add_exception_handler(ClientGone, _client_gone)
     app.add_exception_handler(ClientDisconnect, _client_gone)
-    app.add_exception_handler(OperationalError, _database_away)
-    app.add_exception_handler(InterfaceError, _database_away)
-    app.add_exception_handler(PoolTimeout, _database_away)
-    app.add_exception_handler(RedisError, _broker_away)
-    app.add_exception_handler(BrokerError, _broker_away)
 
 
 def _service_error(_request: Request, error: Exception) -> Response:
@@ -113,16 +112,3 @@ def _data_error(_request: Request, error: Exception) -> Response:
 
 def _client_gone(_request: Request, _error: Exception) -> Response:
     return Response(status_code=CLIENT_GONE)
-
-
-def _database_away(_request: Request, error: Exception) -> Response:
-    cause = getattr(error, "orig", None) or error
-    log.error("database: %s", type(cause).__name__)
-    return envelope(Unavailable("The database cannot be reached at the moment. Try again in a few seconds."))
-
-
-def _broker_away(_request: Request, error: Exception) -> Response:
-    log.error("broker: %s", type(error).__name__)
-    return envelope(
-        Unavailable("The message broker cannot be reached at the moment. Try again in a few seconds.")
-    )

@@ -13,7 +13,7 @@ from contextlib import suppress
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.api.errors import CLIENT_GONE, BodyTimeout, envelope, server_error
+from app.api.errors import CLIENT_GONE, BodyTimeout, envelope, last_resort
 from app.core.errors import InvalidRequest, TooLarge
 from app.core.ids import Prefix, new_id
 from app.core.log import bind
@@ -69,10 +69,10 @@ class _Exchange:
             await app(self._scope, self.receive, self.send)
         except (TooLarge, InvalidRequest) as error:
             await envelope(error)(self._scope, self.receive, self.send)
-        except Exception:
-            log.exception("unexpected failure")
+        except Exception as error:
+            answer = last_resort(error)
             if not self._status:
-                await server_error()(self._scope, self.receive, self.send)
+                await answer(self._scope, self.receive, self.send)
         finally:
             self._log()
 

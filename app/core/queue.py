@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import logging
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
 from celery import Celery
 from kombu.pools import producers
 from sqlalchemy.orm import Session
 
+from app.core.errands import Errands
 from app.core.outbox import after_commit
 from app.core.settings import Settings
 
@@ -90,6 +92,7 @@ class Sender:
     def __init__(self, celery: Celery) -> None:
         self._celery = celery
         self._connection = celery.connection_for_write(transport_options=SEND_OPTIONS)
+        self._hints = Errands("hints")
 
     def send(self, task: Task, queue: str, *args: Any) -> None:
         """Send now; raises when the broker cannot be reached. Arguments never reach a log."""
@@ -105,12 +108,23 @@ class Sender:
             return int(queue(producer.channel).queue_declare(passive=False).message_count)
 
     def hint(self, task: Task, job_id: str) -> None:
-        """Tell the workers of a job. A broker that is away is no error: housekeeping tells them again."""
+        """Tell the workers of a job, soon: who creates one does not wait for a broker that is slow or away.
+
+        One that cannot be sent is no error: housekeeping tells them again.
+        """
+        if not self._hints.add(partial(self._hint, task, job_id)):
+            log.warning("hint %s for %s dropped: too many wait for the broker", task, job_id)
+
+    def hint_on_commit(self, session: Session, task: Task, job_id: str) -> None:
+        """Tell the workers once the row is committed."""
+        after_commit(session, partial(self.hint, task, job_id))
+
+    def flush(self, *, timeout_s: float) -> bool:
+        """Whether all hints so far are sent, or given up, within the time."""
+        return self._hints.flush(timeout_s=timeout_s)
+
+    def _hint(self, task: Task, job_id: str) -> None:
         try:
             self.send(task, str(_QUEUES[task]), job_id)
         except Exception as error:  # kombu raises a different class for each kind of failure
             log.warning("hint %s for %s not sent: %s", task, job_id, type(error).__name__)
-
-    def hint_on_commit(self, session: Session, task: Task, job_id: str) -> None:
-        """Tell the workers once the row is committed."""
-        after_commit(session, lambda: self.hint(task, job_id))

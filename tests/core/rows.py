@@ -51,6 +51,7 @@ class House:
         asked = {"model": "tiny", "training_file": (file or self.file()).id} | new
         job = jobs.create_job(self.session, self.sender, CATALOGUE, caller=self.caller, new=NewJob(**asked))
         self.session.commit()
+        assert self.sender.flush(timeout_s=20)
         return job
 
     def ended_job(self) -> Job:

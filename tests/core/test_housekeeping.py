@@ -29,6 +29,7 @@ AGO = timedelta(seconds=60)
 def clean(house: House) -> Swept | None:
     swept = sweep(house.session, house.storage, house.sender, SETTINGS)
     house.session.commit()
+    assert house.sender.flush(timeout_s=20)
     return swept
 
 

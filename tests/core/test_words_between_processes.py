@@ -92,6 +92,7 @@ def test_hints_go_to_the_queue_of_their_workers(client: redis.Redis, redis_url: 
     sender.hint(Task.RUN_JOB, "j1")
     sender.hint(Task.RUN_JOB, "j2")
     sender.hint(Task.VALIDATE_JOB, "j1")
+    assert sender.flush(timeout_s=20)
     sender.send(Task.COMPLETE, inference_queue("tiny"), {})
     assert (sender.backlog(Task.RUN_JOB), sender.backlog(Task.VALIDATE_JOB)) == (2, 1)
     assert client.llen("inference.tiny") == 1
@@ -104,15 +105,16 @@ def test_texts_of_users_stay_out_of_message_headers(client: redis.Redis, redis_u
 
 
 @pytest.mark.parametrize("mute", [False, True], ids=["refused", "mute"])
-def test_a_hint_to_a_broker_that_is_away_returns_soon_and_raises_nothing(mute: bool) -> None:
+def test_a_hint_to_a_broker_that_is_away_returns_at_once_and_raises_nothing(mute: bool) -> None:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         if mute:
             server.listen()
         sender = make_sender(f"redis://127.0.0.1:{server.getsockname()[1]}/0")
         began = time.monotonic()
-        sender.hint(Task.RUN_JOB, "j1")
-        assert time.monotonic() - began < 8
+        for _ in range(2000):  # more than may wait
+            sender.hint(Task.RUN_JOB, "j1")
+        assert time.monotonic() - began < 2
 
 
 def test_a_sender_works_again_after_its_connections_were_cut(client: redis.Redis, redis_url: str) -> None:
@@ -120,7 +122,9 @@ def test_a_sender_works_again_after_its_connections_were_cut(client: redis.Redis
     for _ in range(3):
         client.client_kill_filter(_type="normal", skipme=True)
         sender.hint(Task.RUN_JOB, "j1")
+        assert sender.flush(timeout_s=20)
     sender.hint(Task.RUN_JOB, "j2")
+    assert sender.flush(timeout_s=20)
     assert client.llen("training") >= 2  # type: ignore[operator]
 
 

@@ -20,6 +20,7 @@ LINE = examples(1)
 def validated(desk: Desk, data: bytes, validation: bytes | None = None) -> str:
     job_id = desk.create(data, validation_file=None if validation is None else desk.upload(validation))
     control.validate_job(desk.context, job_id)
+    assert desk.context.sender.flush(timeout_s=20)
     return job_id
 
 
