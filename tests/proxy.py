@@ -58,6 +58,8 @@ class Proxy:
                     client.close()
                     continue
                 server.settimeout(None)
+                for end in (client, server):
+                    end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 line = (client, server)
                 with self._lock:
                     self._lines.add(line)

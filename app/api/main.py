@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -11,6 +12,7 @@ from fastapi import Depends, FastAPI
 from app.api import docs, errors
 from app.api.context import open_context
 from app.api.dependencies import require_key
+from app.api.descriptors import log_full_accepts_once
 from app.api.middleware import Edge
 from app.api.routes import chat, files, health, jobs, models
 from app.core.settings import Settings
@@ -21,6 +23,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        log_full_accepts_once(asyncio.get_running_loop())
         async with open_context(settings) as context:
             app.state.context = context
             yield

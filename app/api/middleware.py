@@ -23,7 +23,8 @@ log = logging.getLogger(__name__)
 
 UPLOAD_PATH = "/v1/files"
 FORM_BYTES = 64 * 1024  # of an upload, beside its file
-BODY_GAP_S = 60.0  # a client that sends nothing for so long is cut off
+BODY_GAP_S = 20.0  # a client that sends nothing for so long is cut off
+BODY_RATE = 1000  # bytes a second, beyond the first gap; who sends less only holds a place
 LINGER_S = 20.0  # how long a refused body is still read, so that the client gets to read the answer
 
 
@@ -59,6 +60,7 @@ class _Exchange:
         self._started_at = time.perf_counter()
         self._headers = Headers(scope=scope)
         self._seen = 0  # bytes of the body
+        self._waited_s = 0.0  # for them
         self._more = self._headers.get("content-length", "0") != "0" or "transfer-encoding" in self._headers
         self._status = 0
 
@@ -96,13 +98,17 @@ class _Exchange:
         )
 
     async def receive(self) -> Message:
-        """The next piece of the body, counted; a body may not pause for long."""
+        """The next piece of the body, counted; a body may neither pause for long nor trickle."""
         if not self._more:
             return await self._receive()
+        credit_s = BODY_GAP_S + self._seen / BODY_RATE - self._waited_s
+        began = time.perf_counter()
         try:
-            message = await asyncio.wait_for(self._receive(), BODY_GAP_S)
+            message = await asyncio.wait_for(self._receive(), min(BODY_GAP_S, credit_s))
         except TimeoutError:
-            raise BodyTimeout(f"No data came for {BODY_GAP_S:g} s in the middle of the body.") from None
+            self._more = False  # nor is it waited for after the answer
+            raise BodyTimeout(f"The body came to a halt: {self._seen} bytes, then too few.") from None
+        self._waited_s += time.perf_counter() - began
         if message["type"] == "http.request":
             self._more = message.get("more_body", False)
             self._seen += len(message.get("body", b""))

@@ -62,18 +62,20 @@ class Base(DeclarativeBase):
     )
 
 
-def make_engine(url: str, *, patience_s: float = 10.0) -> Engine:
+def make_engine(url: str, *, patience_s: float = 20.0) -> Engine:
     """An engine whose connections notice a dead server and never wait for one without end.
 
     `patience_s`: how long to wait for rows that others have locked, and for a connection of the pool.
     """
+    # A row in demand is waited for twice, first in line and then for its holder; each may take half.
+    lock_ms = round(patience_s / 2 * 1000)
     engine = create_engine(
         url,
         json_serializer=_to_json,
         pool_size=10,
         max_overflow=20,
         pool_pre_ping=True,
-        pool_timeout=patience_s,
+        pool_timeout=min(patience_s, 10),
         connect_args={
             "connect_timeout": max(2, min(5, int(patience_s))),  # seconds; below 2 libpq takes 2
             "keepalives_idle": 10,
@@ -82,7 +84,7 @@ def make_engine(url: str, *, patience_s: float = 10.0) -> Engine:
             # Keepalives rest while bytes wait for their acknowledgement; without this a write into a
             # cut line hangs for a quarter of an hour, far past any lease.
             "tcp_user_timeout": 15_000,
-            "options": f"-c statement_timeout=30000 -c lock_timeout={patience_s * 1000:.0f}"
+            "options": f"-c statement_timeout=30000 -c lock_timeout={lock_ms}"
             " -c idle_in_transaction_session_timeout=60000",
         },
     )

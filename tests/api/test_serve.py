@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import httpx
 import psutil
@@ -17,38 +12,8 @@ import pytest
 from app.core.completions import Delta
 from app.core.settings import Settings
 from tests.api.conftest import Tenant
+from tests.api.processes import api_process
 from tests.api.workers import InferenceWorker
-
-CODE = """
-import sys
-from app.api.serve import serve
-from app.core.log import configure
-from app.core.settings import Settings
-configure("api")
-serve(Settings())
-print("left in order", "torch" in sys.modules)
-"""
-
-
-@contextmanager
-def api_process(settings: Settings) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The API in an interpreter of its own."""
-    given = {"DATABASE_URL": settings.database_url, "REDIS_URL": settings.redis_url}
-    given |= {"DATA_DIR": str(settings.data_dir), "PORT": "0"}
-    env = {**os.environ, **{f"LUTHIER_{key}": value for key, value in given.items()}}
-    with subprocess.Popen(
-        [sys.executable, "-c", CODE], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            assert process.stderr is not None
-            for line in process.stderr:
-                if "listening on" in line:
-                    url = line.split()[-1]
-                if "startup complete" in line:
-                    break
-            yield process, url
-        finally:
-            process.kill()
 
 
 def test_the_process_is_small_without_torch_and_ends_with_zero(settings: Settings) -> None:
