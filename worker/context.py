@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from app.core.base_models import Catalogue, load_catalogue
 from app.core.db import make_engine, make_sessions
+from app.core.ids import random_name
 from app.core.queue import Sender, make_celery
 from app.core.redis_client import make_redis
 from app.core.settings import Settings
@@ -43,5 +44,6 @@ def make_context(settings: Settings) -> Context:
         celery=celery,
         sender=Sender(celery),
         redis=make_redis(settings.redis_url),
-        worker=f"{socket.gethostname()}-{os.getpid()}",
+        # Random, because two machines may share a name, and a restarted container its process ids.
+        worker=f"{socket.gethostname()}-{os.getpid()}-{random_name(6)}",
     )

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any
 
-from sqlalchemy import select, update
+from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.core import attempts, hyperparameters
 from app.core.dataset import DatasetError, read_examples, read_lines
-from app.core.db import transaction, utc_now
-from app.core.housekeeping import purge, sweep
+from app.core.db import transaction
+from app.core.housekeeping import purge, sweep, tidy
 from app.core.log import bind
 from app.core.queue import Task
 from app.core.status import JobStatus
@@ -51,7 +50,8 @@ def _validate(context: Context, job_id: str) -> None:
         return
     resolved = hyperparameters.resolve(job.hyperparameters, n_examples=n_examples)
     with transaction(context.sessions) as session:
-        if attempts.finish_validation(session, job_id, hyperparameters=resolved.as_json()) is not None:
+        queued = attempts.finish_validation(session, job_id, hyperparameters=resolved.as_json())
+        if queued is not None and queued.status is JobStatus.QUEUED:
             context.sender.hint_on_commit(session, Task.RUN_JOB, job_id)
 
 
@@ -69,6 +69,14 @@ def keep_house(context: Context) -> None:
         purged = purge(session, context.storage, context.settings)
     if purged or (swept is not None and (swept.requeued or swept.expired)):
         log.info("housekeeping: %s, %d things removed", swept, purged)
+
+
+def tidy_up(context: Context) -> None:
+    """The slower part of housekeeping: looks through the storage for what nobody needs."""
+    with transaction(context.sessions) as session:
+        count = tidy(session, context.storage)
+    if count:
+        log.info("housekeeping: %d things without an owner removed", count)
 
 
 def _count_examples(context: Context, job: Job, param: str) -> int:
@@ -105,6 +113,5 @@ def _check_count(context: Context, param: str, count: int) -> None:
 
 
 def _stay_fresh(context: Context, job_id: str) -> None:
-    values: dict[str, Any] = {"hinted_at": utc_now()}
     with transaction(context.sessions) as session:
-        session.execute(update(Job).where(Job.id == job_id).values(values))
+        attempts.stay_fresh(session, job_id)

@@ -65,7 +65,8 @@ def _control(context: Context) -> Role:
 
     _task(context.celery, Task.VALIDATE_JOB, lambda job_id: control.validate_job(context, job_id))
     house = Beat("housekeeping", lambda: control.keep_house(context), every_s=context.settings.sweep_s)
-    return Role([str(Queue.CONTROL)], 2, lambda: {}, [house])
+    tidy = Beat("tidying", lambda: control.tidy_up(context), every_s=12 * context.settings.sweep_s)
+    return Role([str(Queue.CONTROL)], 2, lambda: {}, [house, tidy])
 
 
 def _training(context: Context) -> Role:

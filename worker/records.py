@@ -8,7 +8,7 @@ import shutil
 from datetime import timedelta
 from pathlib import Path
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from app.core import attempts, events, served_models
@@ -21,7 +21,7 @@ from app.core.status import FINAL
 from app.core.tables import Checkpoint, Job, Organization, TunedModel
 from app.core.vocabulary import EventLevel, Purpose
 from worker.context import Context
-from worker.training.words import CheckpointReady, Finished, Log, StepDone
+from worker.training.words import CheckpointReady, Finished, Log, Started, StepDone
 
 RESULT_COLUMNS = {  # OpenAI's column names, uneven as they are, and the metrics they show
     "step": "step",
@@ -78,6 +78,8 @@ def record_checkpoint(context: Context, session: Session, attempt: Attempt, word
     key = checkpoint_key(attempt, word)
     job = attempts.hold(session, attempt)
     step = word.metrics.step
+    if step > (_last_step(session, job.id) or 0):
+        job.deaths = 0  # progress: the job gets its tries back
     known = session.scalar(
         select(Checkpoint).where(Checkpoint.job_id == job.id, Checkpoint.step_number == step)
     )
@@ -85,7 +87,7 @@ def record_checkpoint(context: Context, session: Session, attempt: Attempt, word
         model = session.get_one(TunedModel, known.model_id)
         older, model.storage_key = model.storage_key, key
         model.purged_at = None  # where the old weights were dropped already, the new ones go the same way
-        known.metrics = word.metrics.model_dump()
+        known.metrics, known.resumable = word.metrics.model_dump(), True
         if older != key:  # equal: this very record, repeated after a commit whose answer was lost
             after_commit(session, lambda: context.storage.delete(older))
         return
@@ -98,11 +100,24 @@ def record_checkpoint(context: Context, session: Session, attempt: Attempt, word
             model_id=name,
             step_number=step,
             metrics=word.metrics.model_dump(),
+            resumable=True,
         )
     )
     session.flush()
     events.add_message(session, job, f"Checkpoint created at step {step} with Snapshot ID: {name}")
     _drop_old_checkpoints(session, job.id, keep=context.settings.kept_checkpoints)
+
+
+def _last_step(session: Session, job_id: str) -> int | None:
+    return session.scalar(select(func.max(Checkpoint.step_number)).where(Checkpoint.job_id == job_id))
+
+
+def record_start(session: Session, attempt: Attempt, word: Started) -> None:
+    """Where an attempt that is not the job's first begins."""
+    job = attempts.hold(session, attempt)
+    if job.attempt > 1:
+        where = f"resumed after step {word.step}" if word.step else "started again from its beginning"
+        events.add_message(session, job, f"Fine-tuning job {where} (attempt {job.attempt})")
 
 
 def record_log(session: Session, attempt: Attempt, word: Log) -> None:

@@ -7,6 +7,7 @@ from sqlalchemy.orm import Session
 from app.core import hyperparameters, served_models
 from app.core.base_models import find_model_dir
 from app.core.tables import Job
+from app.core.training_states import resume_keys
 from worker.context import Context
 from worker.inputs import JobInputError, find_input
 from worker.records import attempt_folder
@@ -50,6 +51,8 @@ def make_spec(context: Context, session: Session, job: Job) -> TrainSpec:
         max_length=options["max_length"],
         max_line_bytes=context.settings.max_line_bytes,
         checkpoint_interval=options["checkpoint_interval"],
+        checkpoint_every_s=context.settings.checkpoint_every_s,
+        resume_from=tuple(str(context.storage.path(key)) for key in resume_keys(session, job.id)),
     )
 
 

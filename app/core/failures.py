@@ -13,7 +13,7 @@ class Fault(StrEnum):
 
     USER = "user"  # never retried
     MACHINE = "machine"  # retried by itself, until tries without progress run out
-    DEVICE_MEMORY = "device_memory"  # the trainer has shrunk its micro-batches already; never retried
+    DEVICE_MEMORY = "device_memory"  # micro-batches were shrunk already; never retried
     HOST_MEMORY = "host_memory"  # one more try: a neighbour may have been the cause
 
 
@@ -61,3 +61,24 @@ FAULTS: dict[FailureCode, Fault] = {
         Fault.MACHINE,
     ),
 }
+
+CURES: dict[FailureCode, str] = {
+    _F.HOST_OUT_OF_MEMORY: "Use shorter examples, a lower luthier.max_length or the qlora adapter, "
+    "or ask the operator for a worker with more memory.",
+    _F.STORAGE_FULL: "Delete models and files you no longer need, or ask the operator for room.",
+    _F.TRAINER_STALLED: "Create the job again; if it stalls again, tell the operator.",
+    _F.TRAINER_DIED: "Tell the operator: the worker's log says more.",
+    _F.WORKER_LOST: "Tell the operator: workers that run this job vanish.",
+    _F.SERVER_ERROR: "Tell the operator: the worker's log says why.",
+}
+"""What to do about failures that no message of the trainer explains."""
+
+
+def is_retried(code: FailureCode) -> bool:
+    """Whether another try by itself makes sense."""
+    return FAULTS[code] in (Fault.MACHINE, Fault.HOST_MEMORY)
+
+
+def most_deaths(code: FailureCode) -> int:
+    """How many tries in a row may end by this before the job fails, whatever the settings allow."""
+    return 2 if FAULTS[code] is Fault.HOST_MEMORY else 1000

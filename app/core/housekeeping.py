@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 
-from sqlalchemy import or_, select, text
+from sqlalchemy import func, or_, select, text
 from sqlalchemy.orm import Session
 
-from app.core import attempts, files, idempotency, served_models
+from app.core import attempts, files, idempotency, orphans, served_models, training_states
 from app.core.attempts import Death
 from app.core.db import utc_now
+from app.core.failures import FailureCode
 from app.core.outbox import after_commit
 from app.core.queue import Sender, Task
 from app.core.settings import Settings
@@ -45,7 +46,7 @@ def sweep(session: Session, storage: Storage, sender: Sender, settings: Settings
     room = {status: _room(sender, task) for status, task in _TASKS.items()}  # before anything is locked
     if not _alone(session):
         return None
-    requeued = _requeue_dead(session, storage, max_attempts=settings.max_attempts)
+    requeued = _requeue_dead(session, storage, settings)
     expired = files.expire_files(session)
     hinted = sum(_hint_waiting(session, sender, status, limit=room[status]) for status in _TASKS)
     return Swept(hinted, requeued, expired)
@@ -60,7 +61,17 @@ def purge(session: Session, storage: Storage, settings: Settings) -> int:
         return 0
     gone = files.purge_deleted(session, storage) + served_models.purge_deleted(session, storage)
     gone += idempotency.forget_old(session, settings)
-    return gone + storage.drop_stale(age_s=STALE_S)
+    return gone + training_states.drop_unneeded(session, storage)
+
+
+def tidy(session: Session, storage: Storage) -> int:
+    """Remove what no row has ever named or an attempt left behind; returns how many things went.
+
+    Looks through whole folders, so it is done more rarely than the rest.
+    """
+    if not _alone(session):
+        return 0
+    return storage.drop_stale(age_s=STALE_S) + orphans.drop(session, storage, age_s=STALE_S)
 
 
 def _alone(session: Session) -> bool:
@@ -68,11 +79,13 @@ def _alone(session: Session) -> bool:
     return bool(session.scalar(text("SELECT pg_try_advisory_xact_lock(:key)"), {"key": LOCK}))
 
 
-def _requeue_dead(session: Session, storage: Storage, *, max_attempts: int) -> int:
+def _requeue_dead(session: Session, storage: Storage, settings: Settings) -> int:
     dead = attempts.find_dead(session)
     for attempt, worker in dead:
         reason = f"The worker {worker} that ran attempt {attempt.number} is gone."
-        status = attempts.requeue(session, attempt, death=Death(reason), max_attempts=max_attempts)
+        death = Death(reason, FailureCode.WORKER_LOST)
+        most, pause_s = settings.max_attempts, settings.retry_pause_s
+        status = attempts.requeue(session, attempt, death=death, max_attempts=most, pause_s=pause_s)
         after_commit(session, partial(storage.delete, attempt.folder_key))
         log.warning("job %s: attempt %d dead on %s, now %s", attempt.job_id, attempt.number, worker, status)
     return len(dead)
@@ -88,9 +101,12 @@ def _room(sender: Sender, task: Task) -> int:
 
 
 def _hint_waiting(session: Session, sender: Sender, status: JobStatus, *, limit: int) -> int:
-    stale = or_(Job.hinted_at.is_(None), Job.hinted_at < utc_now() - timedelta(seconds=HINT_AGE_S))
-    query = select(Job).where(Job.status == status, stale).order_by(Job.priority.desc(), Job.created_at)
-    rows = session.scalars(query.with_for_update(skip_locked=True).limit(limit)).all()
+    now = func.clock_timestamp()
+    stale = or_(Job.hinted_at.is_(None), Job.hinted_at < now - timedelta(seconds=HINT_AGE_S))
+    rested = or_(Job.not_before.is_(None), Job.not_before <= now)
+    query = select(Job).where(Job.status == status, stale, rested)
+    query = query.order_by(Job.priority.desc(), Job.created_at).limit(limit)
+    rows = session.scalars(query.with_for_update(skip_locked=True)).all()
     for job in rows:
         job.hinted_at = utc_now()
         sender.hint_on_commit(session, _TASKS[status], job.id)

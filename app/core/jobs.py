@@ -7,10 +7,10 @@ import secrets
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from app.core import events, files, served_models
+from app.core import attempts, events, files, served_models
 from app.core.base_models import Catalogue
 from app.core.db import utc_now
 from app.core.errors import InvalidRequest, NotFound
@@ -18,7 +18,7 @@ from app.core.ids import Prefix, new_id
 from app.core.keys import Caller
 from app.core.pages import Cursor, Page, read_page
 from app.core.queue import Sender, Task
-from app.core.status import JobStatus, may_become
+from app.core.status import FINAL, JobStatus, may_become
 from app.core.tables import Job
 from app.core.vocabulary import Purpose
 
@@ -111,23 +111,70 @@ def list_jobs(
 
 def cancel_job(session: Session, *, project_id: str, job_id: str) -> Job:
     """Cancel at once, whatever the job is doing; its worker notices and stops. Repeating is no error."""
+    job = _lock(session, project_id=project_id, job_id=job_id)
+    if job.status is JobStatus.CANCELLED:
+        return job
+    _check_move(job, JobStatus.CANCELLED, "be cancelled")
+    _set(session, job, attempts.ended(JobStatus.CANCELLED))
+    events.add_message(session, job, "Fine-tuning job cancelled")
+    return job
+
+
+def pause_job(session: Session, *, project_id: str, job_id: str) -> Job:
+    """Pause: a waiting job at once, a running one when it has saved where it is. Repeating is no error."""
+    job = _lock(session, project_id=project_id, job_id=job_id)
+    if job.status is JobStatus.PAUSED or job.pause_requested_at is not None:
+        return job
+    _check_move(job, JobStatus.PAUSED, "be paused")
+    if job.status is JobStatus.QUEUED:
+        job.status = JobStatus.PAUSED
+        events.add_message(session, job, "The job is paused; resume it when it shall go on")
+    else:
+        job.pause_requested_at = utc_now()
+        events.add_message(session, job, "Pause requested")
+    return job
+
+
+def resume_job(session: Session, sender: Sender, *, project_id: str, job_id: str) -> Job:
+    """Put a paused job back into the queue, or withdraw a pause not yet reached. Repeating is no error."""
+    job = _lock(session, project_id=project_id, job_id=job_id)
+    if job.status in FINAL:
+        raise _wrong_state(job, "be resumed")
+    if job.status is JobStatus.PAUSED:
+        job.status = JobStatus.QUEUED
+        job.hinted_at = utc_now()
+        events.add_message(session, job, "The job is resumed and queued")
+        sender.hint_on_commit(session, Task.RUN_JOB, job.id)
+    elif job.pause_requested_at is not None:
+        job.pause_requested_at = None
+        events.add_message(session, job, "Pause request withdrawn")
+    return job
+
+
+def _lock(session: Session, *, project_id: str, job_id: str) -> Job:
     query = select(Job).where(Job.project_id == project_id, Job.id == job_id).with_for_update()
     job = session.scalar(query)
     if job is None:
         raise _not_found(job_id)
-    if job.status is JobStatus.CANCELLED:
-        return job
-    if not may_become(job.status, JobStatus.CANCELLED):
-        raise InvalidRequest(
-            f"Job {job.id} has already {job.status}; only a job that is not finished can be cancelled.",
-            code="invalid_job_state",
-            param="fine_tuning_job_id",
-        )
-    job.status = JobStatus.CANCELLED
-    job.finished_at = utc_now()
-    job.lease_expires_at = job.estimated_finish = None
-    events.add_message(session, job, "Fine-tuning job cancelled")
     return job
+
+
+def _set(session: Session, job: Job, values: dict[str, Any]) -> None:
+    session.execute(update(Job).where(Job.id == job.id).values(values))
+    session.refresh(job)
+
+
+def _check_move(job: Job, target: JobStatus, what: str) -> None:
+    if not may_become(job.status, target):
+        raise _wrong_state(job, what)
+
+
+def _wrong_state(job: Job, what: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"Job {job.id} has already {job.status}; only a job that is not finished can {what}.",
+        code="invalid_job_state",
+        param="fine_tuning_job_id",
+    )
 
 
 def _check_file(session: Session, caller: Caller, file_id: str, param: str) -> None:

@@ -34,8 +34,3 @@ TRANSITIONS: dict[JobStatus, frozenset[JobStatus]] = {
 def may_become(old: JobStatus, new: JobStatus) -> bool:
     """Whether a job may go from one state to the other."""
     return new in TRANSITIONS[old]
-
-
-def sources_of(new: JobStatus) -> frozenset[JobStatus]:
-    """All states from which a job may become `new`."""
-    return frozenset(old for old, targets in TRANSITIONS.items() if new in targets)

@@ -92,9 +92,20 @@ class Storage:
         """The bytes of a file."""
         return self.path(key).open("rb")
 
-    def delete(self, key: str) -> bool:
-        """Remove a file or folder; False when something of it is still there, to be tried again."""
-        path = self.path(key)
+    def names(self, place: str) -> list[str]:
+        """What lies in one of the top folders; a key is `place/name`."""
+        return [path.name for path in (self.root / place).iterdir()]
+
+    def age_s(self, key: str) -> float:
+        """Seconds since a key was published or last renamed; 0 when it is gone."""
+        try:
+            return time.time() - self.path(key).stat().st_ctime
+        except FileNotFoundError:
+            return 0.0
+
+    def delete(self, key: str, *, part: str = "") -> bool:
+        """Remove a file or folder, or one `part` of a folder; False when some of it is still there."""
+        path = self.path(key) / part if part else self.path(key)
         try:
             if path.is_dir():
                 shutil.rmtree(path)
