@@ -12,6 +12,7 @@ from sqlalchemy import Engine
 from sqlalchemy.orm import Session, sessionmaker
 
 from app.api.engines import Engines
+from app.api.presences import TrainingWorkers
 from app.api.replies import ReplyReader
 from app.core.base_models import Catalogue, load_catalogue
 from app.core.db import make_engine, make_sessions
@@ -40,6 +41,7 @@ class Context:
     redis: redis.Redis
     replies: ReplyReader
     engines: Engines
+    training_workers: TrainingWorkers
     health_threads: CapacityLimiter
 
 
@@ -63,6 +65,7 @@ async def open_context(settings: Settings) -> AsyncIterator[Context]:
                 redis=client,
                 replies=replies,
                 engines=Engines(client),
+                training_workers=TrainingWorkers(client),
                 health_threads=CapacityLimiter(HEALTH_THREADS),
             )
         sender.flush(timeout_s=LAST_HINTS_S)

@@ -132,7 +132,7 @@ def hand_back(session: Session, attempt: Attempt, *, reason: str = "The worker w
 
 
 def hand_back_strays(session: Session, *, worker: str) -> int:
-    """Return jobs claimed for this idle worker whose claim it never heard of: the commit's answer was lost."""
+    """Return jobs claimed for this idle worker that it never heard of: the answer to the commit was lost."""
     mine = (Job.status == JobStatus.RUNNING, Job.worker == worker)
     rows = session.execute(select(Job.id, Job.attempt).where(*mine).with_for_update()).all()
     for row in rows:

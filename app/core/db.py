@@ -12,6 +12,8 @@ from typing import Any
 
 from psycopg.types.string import StrDumperUnknown
 from sqlalchemy import DateTime, Dialect, Engine, MetaData, String, create_engine, event
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import DeclarativeBase, Session, sessionmaker
 from sqlalchemy.types import TypeDecorator
 
@@ -122,6 +124,13 @@ def transaction(sessions: sessionmaker[Session]) -> Iterator[Session]:
     """A session that commits at the end of the block, or rolls back."""
     with sessions() as session, session.begin():
         yield session
+
+
+def is_away(error: Exception) -> bool:
+    """Whether the database could not be reached or asks to come back, rather than refused a statement."""
+    if isinstance(error, PoolTimeout | OperationalError | InterfaceError):
+        return True
+    return isinstance(error, DBAPIError) and error.connection_invalidated
 
 
 def utc_now() -> datetime:

@@ -40,7 +40,7 @@ def drop_unneeded(session: Session, storage: Storage) -> int:
     return len(gone)
 
 
-def _unneeded() -> Select[tuple[Checkpoint, str]]:
+def _unneeded() -> Select[Checkpoint, str]:
     age = func.row_number().over(partition_by=Checkpoint.job_id, order_by=Checkpoint.step_number.desc())
     ranked = (
         select(Checkpoint.id, age.label("place"), Job.status)

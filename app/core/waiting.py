@@ -143,7 +143,9 @@ def _busy_until(session: Session, pace: _Pace) -> list[datetime | None]:
 
 
 def _starts(
-    queue: Sequence[_Waiter], busy_until: Sequence[datetime | None], workers: Sequence[Mapping[str, Any]] | None
+    queue: Sequence[_Waiter],
+    busy_until: Sequence[datetime | None],
+    workers: Sequence[Mapping[str, Any]] | None,
 ) -> dict[str, datetime]:
     """When each job is likely to start: each takes the worker that is free first. Ends where times do."""
     now = utc_now()
@@ -195,4 +197,4 @@ def _work() -> ColumnElement[float]:
     """Bytes of training data times epochs; null before "auto" has become a number."""
     epochs = Job.hyperparameters["n_epochs"].astext
     is_number = and_(epochs.is_not(None), epochs != "auto")
-    return File.size_bytes * case((is_number, cast(epochs, Float)), else_=None)
+    return cast(File.size_bytes, Float) * case((is_number, cast(epochs, Float)), else_=None)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from app.api.schemas.lists import ListItem
 from app.core.tables import Checkpoint, Job, JobEvent
+from app.core.waiting import Outlook
 
 
 class JobObject(ListItem):
@@ -56,8 +57,9 @@ class CheckpointObject(ListItem):
     metrics: dict[str, Any]
 
 
-def job_object(job: Job) -> JobObject:
+def job_object(job: Job, outlook: Outlook | None = None) -> JobObject:
     """A row as the client sees it; the hyperparameters stand in both of their places."""
+    outlook = outlook or Outlook()
     return JobObject(
         id=job.id,
         created_at=int(job.created_at.timestamp()),
@@ -78,7 +80,15 @@ def job_object(job: Job) -> JobObject:
         integrations=[],
         metadata=job.user_metadata,
         user_provided_suffix=job.suffix,
-        luthier=job.luthier,
+        luthier=job.luthier
+        | {
+            "attempt": job.attempt,
+            "pausing": job.pause_requested_at is not None,
+            "queued_reason": outlook.queued_reason,
+            "queue_position": outlook.queue_position,
+            "estimated_start": _seconds(outlook.estimated_start),
+            "estimated_finish": _seconds(outlook.estimated_finish),
+        },
     )
 
 
