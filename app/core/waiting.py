@@ -111,9 +111,8 @@ def _queue(session: Session, pace: _Pace) -> list[_Waiter]:
         .subquery()
     )
     # The k-th job of a project starts when the project has k - 1 more running than now.
-    own_turn = func.row_number().over(
-        partition_by=(Job.project_id, Job.priority), order_by=(Job.created_at, Job.id)
-    )
+    ahead_of_it = (Job.priority.desc(), Job.created_at, Job.id)
+    own_turn = func.row_number().over(partition_by=Job.project_id, order_by=ahead_of_it)
     turn = own_turn + func.coalesce(running.c.n, 0)
     rows = session.execute(
         select(Job.id, Job.base_model, Job.not_before, _kind(), _work())

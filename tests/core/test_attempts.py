@@ -14,12 +14,14 @@ from sqlalchemy.orm import Session, sessionmaker
 from app.core import attempts, events, jobs
 from app.core.attempts import Attempt, AttemptLost, Death
 from app.core.db import transaction, utc_now
+from app.core.failures import FailureCode
 from app.core.pages import Cursor
 from app.core.status import JobStatus
 from app.core.tables import Job
 from tests.core.rows import House, make_caller
 
 NUMBERS = {"n_epochs": 1, "batch_size": 1, "learning_rate_multiplier": 1.0}
+DEATH = Death("It died.", FailureCode.WORKER_LOST)
 ERROR = {"code": "x", "message": "Something was wrong", "param": None}
 
 
@@ -110,13 +112,13 @@ def test_a_claim_does_not_wait_for_one_not_yet_committed(
 
 WRITES: dict[str, Callable[[Session, Attempt], object]] = {
     "renew_lease": lambda s, a: attempts.renew_lease(s, a, lease_s=30),
-    "check_alive": attempts.check_alive,
+    "wants_pause": attempts.wants_pause,
     "hold": attempts.hold,
     "write": lambda s, a: attempts.write(s, a, {"trained_tokens": 5}),
     "succeed": lambda s, a: attempts.succeed(s, a, values={"fine_tuned_model": "ft:x"}),
     "fail": lambda s, a: attempts.fail(s, a, error=ERROR),
     "hand_back": attempts.hand_back,
-    "requeue": lambda s, a: attempts.requeue(s, a, death=Death("It died."), max_attempts=3),
+    "requeue": lambda s, a: attempts.requeue(s, a, death=DEATH, max_attempts=3),
 }
 
 
@@ -132,7 +134,7 @@ def test_no_write_of_a_past_attempt_changes_anything(
     elif past == "failed":
         attempts.fail(session, attempt, error=ERROR)
     else:
-        attempts.requeue(session, attempt, death=Death("It died."), max_attempts=3)
+        attempts.requeue(session, attempt, death=DEATH, max_attempts=3)
         if past == "taken over":
             session.commit()
             assert claim(session) is not None
@@ -160,24 +162,90 @@ def test_an_attempt_that_died_goes_back_until_it_died_too_often(house: House) ->
         job = claim(house.session)
         assert job is not None
         status = attempts.requeue(
-            house.session, Attempt(job.id, job.attempt), death=Death("It was shot."), max_attempts=3
+            house.session,
+            Attempt(job.id, job.attempt),
+            death=Death("It was shot.", FailureCode.TRAINER_DIED),
+            max_attempts=3,
         )
         house.session.commit()
         seen.append((job.attempt, status))
     assert seen == [(1, JobStatus.QUEUED), (2, JobStatus.QUEUED), (3, JobStatus.FAILED)]
     fresh = jobs.get_job(house.session, project_id=house.caller.project_id, job_id=job.id)
     assert fresh.error == {
-        "code": "worker_lost",
-        "message": "The job failed after 3 attempts. It was shot.",
+        "code": "trainer_died",
+        "message": "The job failed after 3 attempts without progress. It was shot. "
+        "Tell the operator: the worker's log says more.",
         "param": None,
     }
     assert fresh.finished_at is not None
     assert fresh.lease_expires_at is None
     assert words(house.session, job)[-3:] == [
-        "It was shot. The job is queued again (attempt 1 of 3)",
-        "It was shot. The job is queued again (attempt 2 of 3)",
-        "The job failed after 3 attempts. It was shot.",
+        "It was shot. The job is queued again (try 2 of 3)",
+        "It was shot. The job is queued again (try 3 of 3)",
+        fresh.error["message"],
     ]
+
+
+def test_a_dead_attempt_rests_before_its_next_try_and_longer_each_time(house: House) -> None:
+    queued(house)
+    rests = []
+    for _ in range(2):
+        job = claim(house.session)
+        assert job is not None
+        attempt = Attempt(job.id, job.attempt)
+        attempts.requeue(house.session, attempt, death=DEATH, max_attempts=5, pause_s=60)
+        house.session.commit()
+        now = house.session.scalar(text("SELECT clock_timestamp()"))
+        assert job.not_before is not None
+        rests.append((job.not_before - now).total_seconds())
+        assert claim(house.session) is None
+        house.session.execute(update(Job).values(not_before=now))
+    assert 55 < rests[0] <= 60
+    assert 115 < rests[1] <= 120
+
+
+def test_memory_of_the_host_gets_one_more_try(house: House) -> None:
+    queued(house)
+    death = Death("The machine ran out of memory.", FailureCode.HOST_OUT_OF_MEMORY)
+    seen = []
+    for _ in range(2):
+        job = claim(house.session)
+        assert job is not None
+        seen.append(
+            attempts.requeue(house.session, Attempt(job.id, job.attempt), death=death, max_attempts=3)
+        )
+        house.session.commit()
+    assert seen == [JobStatus.QUEUED, JobStatus.FAILED]
+
+
+def test_a_worker_takes_only_jobs_whose_base_model_it_has(house: House) -> None:
+    job = queued(house)
+    session = house.session
+    assert attempts.claim_job(session, worker="w", lease_s=30, base_models=["other"]) is None
+    assert attempts.claim_job(session, worker="w", lease_s=30, base_models=[]) is None
+    taken = attempts.claim_job(session, worker="w", lease_s=30, base_models=["other", "tiny"])
+    assert taken is not None
+    assert taken.id == job.id
+
+
+def test_a_claim_whose_answer_was_lost_is_handed_back_by_its_own_worker(house: House) -> None:
+    job, _ = running(house)
+    assert attempts.hand_back_strays(house.session, worker="another") == 0
+    assert attempts.hand_back_strays(house.session, worker="w1") == 1
+    house.session.commit()
+    assert (job.status, job.deaths) == (JobStatus.QUEUED, 0)
+
+
+def test_the_time_a_worker_was_held_adds_up_over_attempts(house: House) -> None:
+    job, attempt = running(house)
+    for total in (100, 200):
+        house.session.execute(update(Job).values(claimed_at=utc_now() - timedelta(seconds=100)))
+        attempts.hand_back(house.session, attempt)
+        house.session.commit()
+        assert total <= job.running_s < total + 5
+        again = claim(house.session)
+        assert again is not None
+        attempt = Attempt(again.id, again.attempt)
 
 
 def test_handing_back_costs_no_try_and_keeps_the_place(house: House) -> None:

@@ -13,7 +13,7 @@ import redis
 from sqlalchemy import update
 from sqlalchemy.orm import Session, sessionmaker
 
-from app.core import attempts, housekeeping
+from app.core import attempts, housekeeping, jobs
 from app.core.attempts import Attempt
 from app.core.db import utc_now
 from app.core.housekeeping import Swept, purge, sweep
@@ -22,7 +22,7 @@ from app.core.status import JobStatus
 from app.core.tables import File, Job
 from tests.core.rows import House, make_sender
 
-SETTINGS = Settings(max_attempts=3)
+SETTINGS = Settings(max_attempts=3, retry_pause_s=0)
 AGO = timedelta(seconds=60)
 
 
@@ -129,6 +129,27 @@ def test_a_job_that_kills_its_workers_fails_in_the_end(house: House) -> None:
     assert job.error is not None
     assert job.error["code"] == "worker_lost"
     assert "The worker w1 that ran attempt 3 is gone" in job.error["message"]
+
+
+def test_a_dead_attempt_of_a_job_that_shall_pause_pauses_it(house: House, client: redis.Redis) -> None:
+    queue_up(house)
+    job = claim(house)
+    jobs.pause_job(house.session, project_id=job.project_id, job_id=job.id)
+    client.flushall()
+    age(house, lease_expires_at=utc_now() - AGO)
+    assert clean(house) == Swept(requeued=1)
+    house.session.refresh(job)
+    assert (job.status, job.pause_requested_at) == (JobStatus.PAUSED, None)
+    assert client.llen("training") == 0
+
+
+def test_a_job_that_rests_after_a_death_is_told_to_the_workers_when_it_may_start(house: House) -> None:
+    job = queue_up(house)
+    age(house, hinted_at=None, not_before=utc_now() + AGO)
+    assert clean(house) == Swept()
+    age(house, not_before=utc_now() - AGO)
+    assert clean(house) == Swept(hinted=1)
+    assert job.status is JobStatus.QUEUED
 
 
 def test_expired_files_go_with_their_bytes(house: House) -> None:
