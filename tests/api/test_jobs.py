@@ -202,6 +202,41 @@ def test_cancel_is_repeatable_but_not_for_what_has_ended(
     assert_refused(answer, 400, code="invalid_job_state", param="fine_tuning_job_id", says="succeeded")
 
 
+def test_pause_and_resume_are_repeatable_but_not_for_what_has_ended(
+    tenant: Tenant, sessions: sessionmaker[Session]
+) -> None:
+    with transaction(sessions) as session:
+        waiting = make_job(session, project=tenant.project)
+        running = make_job(session, project=tenant.project, status=JobStatus.RUNNING)
+        ended = make_job(session, project=tenant.project, status=JobStatus.SUCCEEDED)
+    for _ in range(2):
+        assert tenant.http.post(f"{PATH}/{waiting.id}/pause").json()["status"] == "paused"
+    for _ in range(2):
+        assert tenant.http.post(f"{PATH}/{waiting.id}/resume").json()["status"] == "queued"
+    for _ in range(2):
+        job = tenant.http.post(f"{PATH}/{running.id}/pause").json()
+        assert (job["status"], job["luthier"]["pausing"]) == ("running", True)
+    job = tenant.http.post(f"{PATH}/{running.id}/resume").json()
+    assert (job["status"], job["luthier"]["pausing"]) == ("running", False)
+    for call in ("pause", "resume"):
+        answer = tenant.http.post(f"{PATH}/{ended.id}/{call}")
+        assert_refused(answer, 400, code="invalid_job_state", param="fine_tuning_job_id", says="succeeded")
+        assert tenant.http.post(f"{PATH}/ftjob-unknown/{call}").status_code == 404
+
+
+def test_a_job_that_waits_says_why_and_at_which_place(
+    tenant: Tenant, sessions: sessionmaker[Session]
+) -> None:
+    with transaction(sessions) as session:
+        jobs = [make_job(session, project=tenant.project) for _ in range(2)]
+    listed = tenant.http.get(PATH).json()["data"]
+    alone = tenant.http.get(f"{PATH}/{jobs[1].id}").json()["luthier"]
+    assert [job["luthier"]["queue_position"] for job in listed] == [2, 1]
+    assert alone == listed[0]["luthier"]
+    assert alone["queued_reason"] == "No training worker is running; the job starts when one is back."
+    assert (alone["estimated_start"], alone["estimated_finish"]) == (None, None)
+
+
 def test_a_file_in_use_cannot_be_deleted_until_its_job_has_ended(
     tenant: Tenant, file_id: str, sessions: sessionmaker[Session], storage: Storage
 ) -> None:

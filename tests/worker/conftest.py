@@ -55,7 +55,8 @@ def desk(
         lease_s=6.0,
         heartbeat_s=0.5,
         cancel_poll_s=0.05,
-        trainer_grace_s=1.0,
+        trainer_grace_s=5.0,
+        retry_pause_s=0.0,
         max_length_tokens=128,
     )
     context = dataclasses.replace(make_context(settings), sessions=sessions)

@@ -82,6 +82,15 @@ class Desk:
         with transaction(self.context.sessions) as session:
             jobs.cancel_job(session, project_id=self.caller.project_id, job_id=job_id)
 
+    def pause(self, job_id: str) -> None:
+        with transaction(self.context.sessions) as session:
+            jobs.pause_job(session, project_id=self.caller.project_id, job_id=job_id)
+
+    def resume(self, job_id: str) -> None:
+        context = self.context
+        with transaction(context.sessions) as session:
+            jobs.resume_job(session, context.sender, project_id=self.caller.project_id, job_id=job_id)
+
     def events(self, job_id: str) -> list[JobEvent]:
         """Oldest first."""
         with self.context.sessions() as session:
@@ -103,6 +112,10 @@ class Desk:
     def models(self) -> list[TunedModel]:
         with self.context.sessions() as session:
             return list(session.scalars(select(TunedModel).order_by(TunedModel.created_at)))
+
+    def model(self, name: str) -> TunedModel:
+        with self.context.sessions() as session:
+            return session.get_one(TunedModel, name)
 
     def file(self, file_id: str) -> File:
         with self.context.sessions() as session:

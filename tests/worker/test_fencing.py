@@ -78,7 +78,7 @@ def test_a_worker_cut_from_the_database_stops_its_child_before_the_lease_ends(
     proxy = Proxy(url.host or "127.0.0.1", url.port or 5432)
     through = url.set(host="127.0.0.1", port=proxy.port).render_as_string(hide_password=False)
     engine = make_engine(through)
-    far = desk.with_settings(lease_s=4.0, trainer_grace_s=0.5)
+    far = desk.with_settings(lease_s=4.0)
     context = dataclasses.replace(far.context, sessions=make_sessions(engine))
     job_id = desk.queue(n_epochs=50, batch_size=1, luthier={"adapter": "lora", "rank": 64})
     runner = Runner(context, trainer)
