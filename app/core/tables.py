@@ -109,7 +109,9 @@ class Job(Base):
     worker: Mapped[str | None]
     lease_expires_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     claimed_at: Mapped[datetime | None] = mapped_column(UtcDateTime)  # by the present attempt
-    running_s: Mapped[float] = mapped_column(default=0.0)  # seconds that ended attempts held a worker
+    running_s: Mapped[float] = mapped_column(
+        default=0.0, server_default="0"
+    )  # seconds that ended attempts held a worker
     not_before: Mapped[datetime | None] = mapped_column(UtcDateTime)  # pause between two tries
     pause_requested_at: Mapped[datetime | None] = mapped_column(UtcDateTime)  # ends in `paused`, not `queued`
     hinted_at: Mapped[datetime | None] = mapped_column(UtcDateTime)  # last message sent about it
@@ -153,7 +155,9 @@ class Checkpoint(Base):
     model_id: Mapped[str] = mapped_column(ForeignKey("tuned_models.id"))
     step_number: Mapped[int]
     metrics: Mapped[Json] = mapped_column(JSONB)
-    resumable: Mapped[bool] = mapped_column(default=False)  # its folder still holds the training state
+    resumable: Mapped[bool] = mapped_column(
+        default=False, server_default="false"
+    )  # its folder still holds the training state
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=utc_now)
 
 
