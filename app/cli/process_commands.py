@@ -9,16 +9,22 @@ from pathlib import Path
 
 import app as package
 from app.cli.supervisor import Part
+from app.core.settings import get_settings
 
 LEASH = Path(__file__).with_name("leash.py")
 SOURCE_ROOT = Path(package.__file__).parents[1]
 API_GRACE_S = 6.0  # open streams get 5 s
-WORKER_GRACE_S = 6.0  # a trainer gets 5 s to stop
+WORKER_GRACE_S = 6.0  # open streams get 5 s; a trainer gets its own time on top
 
 
 def leashed(argv: list[str], *, options: tuple[str, ...] = ()) -> list[str]:
     """The command line that runs `argv` on a leash: it ends when its standard input closes."""
     return [sys.executable, "-I", "-S", str(LEASH), *options, "--", *argv]
+
+
+def worker_grace_s(queue: str) -> float:
+    """How long a worker of that queue may take to stop."""
+    return WORKER_GRACE_S + (get_settings().trainer_grace_s if queue == "training" else 0.0)
 
 
 def luthier(*words: str) -> list[str]:
@@ -53,5 +59,5 @@ def service_parts(data_dir: Path, settings: Mapping[str, str]) -> list[Part]:
 
     parts = [part("api", ("api",), API_GRACE_S)]
     for queue in ("control", "training", "inference"):
-        parts.append(part(queue, ("worker", "--queues", queue), WORKER_GRACE_S))
+        parts.append(part(queue, ("worker", "--queues", queue), worker_grace_s(queue)))
     return parts

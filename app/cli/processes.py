@@ -8,7 +8,7 @@ from pathlib import Path
 
 from app.cli.addresses import explain_listening
 from app.cli.errors import CommandError
-from app.cli.process_commands import WORKER_GRACE_S, child_environment, leashed, luthier
+from app.cli.process_commands import child_environment, leashed, luthier, worker_grace_s
 from app.cli.running import load_settings
 from app.core.queue import Queue
 from app.core.settings import Settings
@@ -60,12 +60,10 @@ def run_children(queues: list[Queue]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     supervisor = Supervisor(typer.echo)
-    options = ("--grace", str(WORKER_GRACE_S))
     for queue in queues:
-        argv = leashed(luthier("worker", "--queues", queue), options=options)
-        supervisor.start(
-            Part(queue, argv, None, env=child_environment({}), grace_s=WORKER_GRACE_S, cwd=Path.cwd())
-        )
+        grace_s = worker_grace_s(queue)
+        argv = leashed(luthier("worker", "--queues", queue), options=("--grace", str(grace_s)))
+        supervisor.start(Part(queue, argv, None, env=child_environment({}), grace_s=grace_s, cwd=Path.cwd()))
     while not stop.wait(0.2):
         supervisor.tick()
     supervisor.stop(list(queues))

@@ -48,7 +48,7 @@ class Settings(BaseSettings):
     step_limit_s: float = Field(default=600.0, gt=0)  # silence in a step; a sign of life each micro-batch
     validation_limit_s: float = Field(default=600.0, gt=0)  # silence in a validation
     checkpoint_limit_s: float = Field(default=600.0, gt=0)  # silence while a checkpoint is written
-    trainer_grace_s: float = Field(default=20.0, gt=0)  # from asking a trainer to stop to ending it
+    trainer_grace_s: float = Field(default=10.0, gt=0)  # from asking a trainer to stop to ending it
     checkpoint_every_s: float = Field(default=600.0, gt=0)  # a job never loses more work than this
     retry_pause_s: float = Field(default=5.0, ge=0)  # before a second try; doubled for each one after it
     idempotency_hours: float = Field(default=48.0, ge=24)  # how long an Idempotency-Key is remembered
