@@ -86,6 +86,6 @@ def _fitting_backward(
         yield Log(
             level="warn",
             message=f"The device had too little memory in step {step}. Batches are now computed in parts "
-            f"of at most {tuned.max_tokens} tokens (cut {tuned.shrinks} of at most {MAX_SHRINKS}); batch size "
-            "and result stay the same.",
+            f"of at most {tuned.max_tokens} tokens (cut {tuned.shrinks} of at most {MAX_SHRINKS}); "
+            "batch size and result stay the same.",
         )
