@@ -6,11 +6,11 @@ Chunks are plain dicts: one is made for every piece of text, and a model class w
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from app.core.completions import Delta, Finished, Word
+from app.core.completions import Delta, Finished, TokenChance, Word
 
 DONE = b"data: [DONE]\n\n"
 
@@ -54,7 +54,13 @@ class Frame:
 @dataclass(slots=True)
 class _Choice:
     text: list[str] = field(default_factory=list)
+    logprobs: list[TokenChance] | None = None
     reason: str = "stop"
+
+    def add(self, delta: Delta) -> None:
+        self.text.append(delta.text)
+        if delta.logprobs is not None:
+            self.logprobs = [*(self.logprobs or ()), *delta.logprobs]
 
 
 async def collect(frame: Frame, words: AsyncIterator[list[Word]]) -> dict[str, Any]:
@@ -64,7 +70,7 @@ async def collect(frame: Frame, words: AsyncIterator[list[Word]]) -> dict[str, A
     async for some in words:
         for word in some:
             if isinstance(word, Delta):
-                choices[word.index].text.append(word.text)
+                choices[word.index].add(word)
             elif isinstance(word, Finished):
                 choices[word.index].reason = str(word.reason)
                 usage.add(word)
@@ -74,7 +80,7 @@ async def collect(frame: Frame, words: AsyncIterator[list[Word]]) -> dict[str, A
             {
                 "index": index,
                 "message": {"role": "assistant", "content": "".join(choice.text), "refusal": None},
-                "logprobs": None,
+                "logprobs": _logprobs(choice.logprobs),
                 "finish_reason": choice.reason,
             }
             for index, choice in enumerate(choices)
@@ -93,7 +99,7 @@ async def stream(frame: Frame, words: AsyncIterator[list[Word]]) -> AsyncIterato
         lines = []
         for word in some:
             if isinstance(word, Delta):
-                lines.append(_chunk(frame, word.index, {"content": word.text}, None))
+                lines.append(_chunk(frame, word.index, {"content": word.text}, None, word.logprobs))
             elif isinstance(word, Finished):
                 lines.append(_chunk(frame, word.index, {}, str(word.reason)))
                 usage.add(word)
@@ -108,9 +114,21 @@ def event(data: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
-def _chunk(frame: Frame, index: int, delta: dict[str, Any], reason: str | None) -> bytes:
-    choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+def _chunk(
+    frame: Frame,
+    index: int,
+    delta: dict[str, Any],
+    reason: str | None,
+    logprobs: Sequence[TokenChance] | None = None,
+) -> bytes:
+    choice = {"index": index, "delta": delta, "logprobs": _logprobs(logprobs), "finish_reason": reason}
     chunk = {**frame.head("chat.completion.chunk"), "choices": [choice]}
     if frame.include_usage:
         chunk["usage"] = None
     return event(chunk)
+
+
+def _logprobs(chances: Sequence[TokenChance] | None) -> dict[str, Any] | None:
+    if chances is None:
+        return None
+    return {"content": [chance.model_dump(mode="json") for chance in chances], "refusal": None}

@@ -49,6 +49,11 @@ class Sampling(Wire):
     stop: tuple[str, ...] = ()
     seed: int | None = None
     n: int = 1
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: dict[int, float] = Field(default_factory=dict)  # token id → added to its logit
+    top_logprobs: int | None = None  # None: no log-probabilities; else how many besides the chosen token's
+    ignore_eos: bool = False  # go on to `max_tokens` whatever the model says
 
 
 class CompletionRequest(Wire):
@@ -65,12 +70,27 @@ class CompletionRequest(Wire):
     expires_at: float  # unix seconds; past it nobody waits for the first word any more
 
 
+class Chance(Wire):
+    """A token and its natural log-probability; `bytes` may be part of a character."""
+
+    token: str
+    bytes: tuple[int, ...]
+    logprob: float
+
+
+class TokenChance(Chance):
+    """A token of the answer and the most likely ones at its place, in OpenAI's shape."""
+
+    top_logprobs: tuple[Chance, ...]
+
+
 class Delta(Wire):
-    """New text of one choice. Never empty; stop strings are already taken out."""
+    """New text of one choice, stop strings already taken out. Empty only where it brings `logprobs`."""
 
     word: Literal["delta"] = "delta"
     index: int
     text: str
+    logprobs: tuple[TokenChance, ...] | None = None  # of the tokens that begin in this text
 
 
 class Finished(Wire):

@@ -50,7 +50,7 @@ class WordWriter:
     def entry(self, words: Sequence[Word]) -> NewEntry:
         """The next entry: these words, in order."""
         number, self._number = self._number, self._number + 1
-        words_json = WORDS.dump_json(list(words))
+        words_json = WORDS.dump_json(list(words), exclude_none=True)
         return NewEntry(self._stream, {"id": self._request_id, "number": number, "words": words_json})
 
 

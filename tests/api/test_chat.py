@@ -13,7 +13,14 @@ import pytest
 from sqlalchemy.orm import Session, sessionmaker
 
 from app.core.base_models import DEFAULT_BASE_MODEL
-from app.core.completions import CompletionRequest, Delta, Failed, Finished, FinishReason, Word
+from app.core.completions import (
+    CompletionRequest,
+    Delta,
+    Failed,
+    Finished,
+    FinishReason,
+    Word,
+)
 from app.core.db import transaction
 from app.core.settings import Settings
 from app.core.storage import Storage
@@ -62,7 +69,10 @@ def test_an_answer_is_whole_and_counts_its_tokens(tenant: Tenant, worker: Infere
 def test_a_request_reaches_the_worker_as_it_was_asked(tenant: Tenant, worker: InferenceWorker) -> None:
     tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
     answer = chat(
-        tenant, temperature=0, top_p=0.5, max_completion_tokens=9, stop="END", seed=-3, n=2, tools=tools
+        tenant,
+        **{"temperature": 0, "top_p": 0.5, "max_completion_tokens": 9, "stop": "END", "seed": -3, "n": 2},
+        **{"frequency_penalty": 0.5, "presence_penalty": -1, "logit_bias": {"7": -100}, "tools": tools},
+        **{"logprobs": True, "top_logprobs": 3, "luthier": {"ignore_eos": True}},
     )
     assert answer.status_code == 200
     [request] = worker.requests
@@ -73,6 +83,11 @@ def test_a_request_reaches_the_worker_as_it_was_asked(tenant: Tenant, worker: In
         "stop": ("END",),
         "seed": -3,
         "n": 2,
+        "frequency_penalty": 0.5,
+        "presence_penalty": -1.0,
+        "logit_bias": {7: -100.0},
+        "top_logprobs": 3,
+        "ignore_eos": True,
     }
     assert (request.tools, request.messages, request.tuned) == (tools, BODY["messages"], None)
     assert request.project_id == tenant.project.id

@@ -14,6 +14,7 @@ from openai.types.chat import ChatCompletionMessageParam
 from sqlalchemy.orm import Session, sessionmaker
 
 from app.core.base_models import DEFAULT_BASE_MODEL
+from app.core.completions import Chance, Delta, Finished, FinishReason, TokenChance
 from app.core.db import transaction
 from app.core.settings import Settings
 from app.core.status import JobStatus
@@ -280,3 +281,19 @@ def test_a_request_id_comes_with_every_object(client: openai.OpenAI) -> None:
     page = client.files.with_raw_response.list()
     assert page.headers["x-request-id"].startswith("req_")
     assert (client.files.create(file=LINE, purpose="batch")._request_id or "").startswith("req_")
+
+
+def test_log_probabilities_fit_the_clients_types(client: openai.OpenAI, worker: InferenceWorker) -> None:
+    top = Chance(token="Hi", bytes=(72, 105), logprob=-0.25)
+    said = Delta(index=0, text="Hi", logprobs=(TokenChance(**top.model_dump(), top_logprobs=(top,)),))
+    end = Finished(index=0, reason=FinishReason.STOP, prompt_tokens=1, completion_tokens=1)
+    worker.script = lambda _: [[said, end]]
+    asked: dict[str, Any] = {"model": DEFAULT_BASE_MODEL, "messages": MESSAGES, "logprobs": True}
+    logprobs = client.chat.completions.create(**asked, top_logprobs=1).choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.content is not None
+    assert (logprobs.content[0].bytes, logprobs.content[0].top_logprobs[0].logprob) == ([72, 105], -0.25)
+    with client.chat.completions.stream(**asked) as stream:
+        streamed = stream.get_final_completion().choices[0].logprobs
+    assert streamed is not None
+    assert streamed.content == logprobs.content

@@ -13,6 +13,7 @@ from app.core.completions import CompletionRequest, Failed
 from worker.chat_template import ChatTemplate, ChatTemplateError
 from worker.serving.sequence import Completion, open_sequences
 from worker.serving.text import Decoder
+from worker.serving.vocabulary import make_vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,15 +38,25 @@ class Intake:
         self.tokenizer = tokenizer
         self._template = ChatTemplate(tokenizer, chat_template)
         self.context_length: int = model.config.max_position_embeddings
+        self._vocabulary: int = model.config.vocab_size
         self.end_ids = find_end_ids(tokenizer, model, self._template)
+        self._tokens = make_vocabulary(tokenizer, size=self._vocabulary, end_ids=self.end_ids)
 
     def open(self, request: CompletionRequest) -> Completion:
         """The completion of `request`, all choices waiting. Raises Refused."""
+        self._check_bias(request)
         prompt_ids = self._encode(request)
         limit = self._limit(request, len(prompt_ids))
-        completion = Completion(request, prompt_ids, self.end_ids, limit)
-        open_sequences(completion, cast(Decoder, self.tokenizer))
+        end_ids = frozenset() if request.sampling.ignore_eos else self.end_ids
+        completion = Completion(request, prompt_ids, end_ids, limit)
+        open_sequences(completion, cast(Decoder, self.tokenizer), tokens=self._tokens)
         return completion
+
+    def _check_bias(self, request: CompletionRequest) -> None:
+        for token_id in request.sampling.logit_bias:
+            if not 0 <= token_id < self._vocabulary:
+                text = f"Invalid 'logit_bias': this model has no token {token_id}; "
+                raise _invalid("logit_bias", text + f"its tokens are 0 to {self._vocabulary - 1}.")
 
     def _encode(self, request: CompletionRequest) -> list[int]:
         try:

@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from app.core.completions import CompletionRequest, Delta, Finished, FinishReason, Word
+from app.core.completions import CompletionRequest, Delta, Finished, FinishReason, Sampling, Word
+from worker.serving.adjustments import Adjustments
+from worker.serving.chances import ChanceStream, TokenBytes
 from worker.serving.sampling import Chooser, make_chooser
 from worker.serving.text import Decoder, TextStream
 
@@ -54,18 +56,27 @@ class Completion:
 class Sequence:
     """One choice: its ids so far, its random numbers, its text. `row` is its place in the running batch."""
 
-    def __init__(self, completion: Completion, index: int, tokenizer: Decoder) -> None:
+    def __init__(
+        self, completion: Completion, index: int, tokenizer: Decoder, *, tokens: TokenBytes | None = None
+    ) -> None:
         sampling = completion.request.sampling
         self.completion = completion
         self.index = index
         self.ids = list(completion.prompt_ids)
         self.chooser: Chooser = make_chooser(
-            sampling.temperature, sampling.top_p, seed=sampling.seed, index=index
+            sampling.temperature,
+            sampling.top_p,
+            seed=sampling.seed,
+            index=index,
+            adjustments=_adjustments(sampling),
         )
+        self.chooser.top_logprobs = sampling.top_logprobs
         self.reason: FinishReason | None = None
         self.row: int | None = None
         self.adapter: str | None = None  # name under which the model knows the weights in use, while in a row
         self._text = TextStream(tokenizer, sampling.stop)
+        asked = sampling.top_logprobs is not None
+        self._chances = ChanceStream(tokens) if asked and tokens is not None else None
 
     @property
     def made_tokens(self) -> int:
@@ -78,6 +89,8 @@ class Sequence:
             self._end(FinishReason.STOP, self._text.finish())
             return
         self.ids.append(token_id)
+        if self._chances is not None and self.chooser.chances is not None:
+            self._chances.push(token_id, self.chooser.chances)
         text = self._text.push(token_id)
         if not self._text.stopped and self.made_tokens >= self.completion.limit:
             text += self._text.finish()
@@ -87,12 +100,17 @@ class Sequence:
         else:
             self._say(text)
 
-    def _say(self, text: str) -> None:
-        if text:
-            self.completion.words.append(Delta(index=self.index, text=text))
+    def _say(self, text: str, *, last: bool = False) -> None:
+        logprobs = None
+        if self._chances is not None:
+            logprobs = self._chances.take(text)
+            if last and not self._text.stopped:
+                logprobs += self._chances.rest()
+        if text or logprobs:
+            self.completion.words.append(Delta(index=self.index, text=text, logprobs=logprobs))
 
     def _end(self, reason: FinishReason, text: str) -> None:
-        self._say(text)
+        self._say(text, last=True)
         self.reason = FinishReason.STOP if self._text.stopped else reason
         self.completion.words.append(
             Finished(
@@ -104,8 +122,18 @@ class Sequence:
         )
 
 
-def open_sequences(completion: Completion, tokenizer: Decoder) -> None:
-    """Give the completion its `n` choices."""
-    completion.sequences = [
-        Sequence(completion, index, tokenizer) for index in range(completion.request.sampling.n)
-    ]
+def open_sequences(completion: Completion, tokenizer: Decoder, *, tokens: TokenBytes | None = None) -> None:
+    """Give the completion its `n` choices. `tokens`: needed for log-probabilities."""
+    count = completion.request.sampling.n
+    completion.sequences = [Sequence(completion, index, tokenizer, tokens=tokens) for index in range(count)]
+
+
+def _adjustments(sampling: Sampling) -> Adjustments | None:
+    """What the choice does to the logits; None for most, which cost nothing then."""
+    if not (sampling.logit_bias or sampling.frequency_penalty or sampling.presence_penalty):
+        return None
+    return Adjustments(
+        bias=sampling.logit_bias,
+        frequency_penalty=sampling.frequency_penalty,
+        presence_penalty=sampling.presence_penalty,
+    )

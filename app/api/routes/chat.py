@@ -38,7 +38,7 @@ async def create_chat_completion(
     sampling, model = await to_thread.run_sync(_prepare, context, caller.project_id, body)
     await context.engines.require(model.base_model)
     ask = _completion_request(body, model, sampling, context=context, project_id=caller.project_id)
-    frame = Frame(ask.id, int(time.time()), model.id, sampling.n, _wants_usage(body))
+    frame = Frame(ask.id, int(time.time()), model.id, sampling.n, body.wants_usage)
     reply = context.replies.expect(ask.id, n=sampling.n)
     try:
         await until_gone(request.receive, _begin(context, ask, reply))
@@ -67,14 +67,8 @@ def check(body: CreateChatCompletion, settings: Settings) -> Sampling:
             text += f" Expected a value <= {most}, but got {value} instead."
             raise InvalidRequest(text, code="integer_above_max_value", param=param)
     _check_conversation(body, settings)
-    return Sampling(
-        max_tokens=limit,
-        temperature=1.0 if body.temperature is None else float(body.temperature),
-        top_p=1.0 if body.top_p is None else float(body.top_p),
-        stop=tuple(body.stop or ()),
-        seed=body.seed,
-        n=n,
-    )
+    top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    return Sampling(max_tokens=limit, top_logprobs=top_logprobs, **body.sampling())
 
 
 def _check_conversation(body: CreateChatCompletion, settings: Settings) -> None:
@@ -142,7 +136,3 @@ async def _begin(context: Context, ask: CompletionRequest, reply: Reply) -> None
 def _send(context: Context, ask: CompletionRequest) -> None:
     queue = inference_queue(ask.base_model)
     context.sender.send(Task.COMPLETE, queue, ask.model_dump(mode="json"))
-
-
-def _wants_usage(body: CreateChatCompletion) -> bool:
-    return bool(body.stream_options and body.stream_options.include_usage)
