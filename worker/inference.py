@@ -22,7 +22,7 @@ from app.core.completions import CompletionRequest, Failed, Finished, Word
 from app.core.queue import Queue
 from app.core.token_stream import CANCELS, WordPost, WordWriter
 from worker.context import Context
-from worker.serving.adapters import ModelUnavailable
+from worker.serving.adapter_files import ModelUnavailable
 from worker.serving.engine import STOPPED, Engine, EngineLimits
 from worker.serving.engines import Engines, StoppedError
 from worker.serving.loop import ENGINE_ERROR, unavailable
@@ -208,7 +208,7 @@ class Inference:
         limits = EngineLimits(
             max_batch=settings.max_batch,
             max_tokens_in_flight=settings.max_tokens_in_flight,
-            max_adapters=settings.max_adapters,
+            adapter_bytes=settings.adapter_memory_mb * 10**6,
         )
         dtype = _DTYPES[settings.inference_dtype]
         engine = Engine(folder, chat_template=entry.chat_template, limits=limits, dtype=dtype)

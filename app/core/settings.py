@@ -61,7 +61,7 @@ class Settings(BaseSettings):
     drain_s: float = Field(default=5.0, ge=0)  # how long answers may run on in a worker told to stop
     max_batch: int = Field(default=16, ge=1)  # sequences decoded together by one engine
     max_tokens_in_flight: int = Field(default=16_384, ge=256)  # tokens of all running sequences of a model
-    max_adapters: int = Field(default=16, ge=1)  # adapters one engine keeps in memory
+    adapter_memory_mb: int = Field(default=2000, ge=1)  # adapters one engine keeps in memory, 10^6 bytes
     max_requests_in_flight: int = Field(default=64, ge=1)  # chat requests one inference worker holds
     inference_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: what the device computes best
     inference_models: str = ""  # comma-separated base models a worker serves; empty: all of the catalogue

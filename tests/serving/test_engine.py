@@ -170,7 +170,7 @@ def test_a_started_answer_outlives_its_deadline(make_engine, make_request, ask):
 
 
 def test_no_word_is_lost_when_many_threads_ask_at_once(make_engine, make_request, adapters):
-    engine = make_engine(max_batch=4, max_adapters=2, max_tokens_in_flight=900)
+    engine = make_engine(max_batch=4, adapter_bytes=20_000, max_tokens_in_flight=900)
     weights = [None, *adapters]
     requests = [
         make_request(

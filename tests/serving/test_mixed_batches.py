@@ -11,10 +11,12 @@ from safetensors.torch import load_file, save_file
 
 from app.core.completions import CompletionRequest, TunedWeights
 from tests.serving.conftest import CPU, quiet_peft
+from tests.serving.listener import until
 from worker.base_model import load_base_model, load_tokenizer
 from worker.chat_template import ChatTemplate
 from worker.serving.batch import ModelGroup
 from worker.serving.intake import Intake
+from worker.serving.sequence import Sequence
 
 TEXTS = [
     "Hello",
@@ -55,8 +57,15 @@ def reference(tiny_dir: Path, adapters: list[TunedWeights]):
 
 def make_group(tiny_dir: Path, **limits: int) -> tuple[ModelGroup, Intake]:
     model = load_base_model(tiny_dir, quantize_4bit=False, device=CPU, dtype=torch.float32)
-    group = ModelGroup(model, **({"max_batch": 8, "max_tokens": 8192, "max_adapters": 8} | limits))
+    group = ModelGroup(model, **({"max_batch": 8, "max_tokens": 8192, "adapter_bytes": 10**9} | limits))
     return group, Intake(load_tokenizer(tiny_dir), model, chat_template=None)
+
+
+def admit(group: ModelGroup) -> Sequence:
+    """The next sequence, as soon as its adapter has been read."""
+    admitted: list[Sequence] = []
+    until(lambda: (sequence := group.admit()) is not None and not admitted.append(sequence))
+    return admitted[0]
 
 
 @torch.inference_mode()
@@ -125,7 +134,7 @@ def test_a_choice_sent_back_does_not_begin_again_from_its_sibling(
 def test_a_sequence_that_gets_no_row_gives_its_adapter_and_its_place_back(
     tiny_dir, make_request, adapters, monkeypatch
 ):
-    group, intake = make_group(tiny_dir, max_adapters=1)
+    group, intake = make_group(tiny_dir, adapter_bytes=1)
     opened = [intake.open(make_request(tuned=tuned, n=2, max_tokens=2)) for tuned in adapters[:2]]
 
     def no_memory(*_args, **_kwargs):
@@ -133,9 +142,9 @@ def test_a_sequence_that_gets_no_row_gives_its_adapter_and_its_place_back(
 
     with torch.inference_mode():
         group.queue.push(opened[0].sequences[0])
-        group.prefill(group.admit())
+        group.prefill(admit(group))
         group.queue.push(opened[0].sequences[1])
-        second = group.admit()
+        second = admit(group)
         for layer in group.cache.slots:
             monkeypatch.setattr(layer, "copy_row", no_memory)
         with pytest.raises(torch.OutOfMemoryError):
@@ -145,12 +154,12 @@ def test_a_sequence_that_gets_no_row_gives_its_adapter_and_its_place_back(
         group.drop(opened[0])
         assert not group.cache.lengths
         group.queue.push(opened[1].sequences[0])
-        assert group.admit() is opened[1].sequences[0]  # the only place for adapters is free
+        assert admit(group) is opened[1].sequences[0]  # the only place for adapters is free
 
 
 def test_adapters_leave_and_come_back_without_a_trace(tiny_dir, make_request, adapters, reference):
     requests = mixed_requests(make_request, adapters, 12)
-    group, intake = make_group(tiny_dir, max_adapters=1)
+    group, intake = make_group(tiny_dir, adapter_bytes=1)
     assert run(group, intake, requests) == [reference(request) for request in requests]
     assert len(group.adapters) == 1
 
@@ -176,12 +185,12 @@ def test_a_broken_neighbour_changes_nothing_for_the_others(tiny_dir, make_reques
         ]
         for completion in opened[:2]:
             group.queue.push(completion.sequences[0])
-            group.prefill(group.admit())
+            group.prefill(admit(group))
         assert opened[1].broken
         group.decode()
         group.drop(opened[1])
         group.queue.push(opened[2].sequences[0])
-        group.prefill(group.admit())
+        group.prefill(admit(group))
         while group.rows:
             group.decode()
             assert not any(completion.broken for completion in (opened[0], opened[2]))

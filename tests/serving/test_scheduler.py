@@ -19,21 +19,30 @@ def wait(make_request):
 
 
 def served(queue: FairQueue) -> list[str]:
-    return [queue.pop().completion.request.project_id for _ in range(len(queue))]
+    return [take(queue).completion.request.project_id for _ in range(len(queue))]
+
+
+def take(queue: FairQueue) -> Sequence:
+    sequence = queue.peek()
+    assert sequence is not None
+    queue.take(sequence)
+    return sequence
 
 
 def test_a_single_request_waits_behind_one_of_a_crowd_not_behind_all(wait):
     queue = FairQueue()
     for project in ["crowd"] * 5 + ["single"] + ["third"] * 2:
         queue.push(wait(project).sequences[0])
-    assert served(queue) == ["crowd", "single", "third", "crowd", "third", "crowd", "crowd", "crowd"]
+    order = ["crowd", "single", "third", "crowd", "third", "crowd", "crowd", "crowd"]
+    assert [sequence.completion.request.project_id for sequence in queue] == order
+    assert served(queue) == order
 
 
 def test_who_gave_a_row_back_is_next(wait):
     queue = FairQueue()
     for project in ("a", "b", "a"):
         queue.push(wait(project).sequences[0])
-    first = queue.pop()
+    first = take(queue)
     queue.push_front(first)
     assert queue.peek() is first
     assert served(queue) == ["a", "b", "a"]

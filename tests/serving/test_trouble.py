@@ -70,7 +70,7 @@ DAMAGES = {
 def test_a_damaged_adapter_is_unavailable_and_harms_nobody(
     make_engine, make_request, ask, adapters, tmp_path, damage
 ):
-    engine = make_engine(max_adapters=2)
+    engine = make_engine()
     expected = ask(engine, make_request("Hello", tuned=adapters[0], max_tokens=20)).wait().text()
     base = ask(engine, make_request("Hello", max_tokens=20)).wait().text()
     bad = copy(adapters[2], tmp_path / "bad", "ft:bad")
@@ -219,9 +219,9 @@ def test_a_whole_model_that_is_not_there_is_unavailable(make_engine, make_reques
 
 
 def test_weights_can_be_loaded_ahead_of_their_first_request(make_engine, adapters, tiny_dir, tmp_path):
-    from worker.serving.adapters import ModelUnavailable
+    from worker.serving.adapter_files import ModelUnavailable
 
-    engine = make_engine(max_adapters=1)
+    engine = make_engine(adapter_bytes=1)
     engine.load_adapter(adapters[0]).result(10)
     engine.load_adapter(adapters[1]).result(10)
     whole = TunedWeights(id="ft:full", kind=WeightsKind.FULL, path=str(tiny_dir))

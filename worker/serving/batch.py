@@ -7,12 +7,15 @@ Knows models, rows and adapters; nothing of threads, requests' words or the worl
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from app.core.completions import TunedWeights, WeightsKind
+from worker.serving.adapter_files import ModelUnavailable
 from worker.serving.adapters import BASE, AdapterSet
 from worker.serving.cache import SlotCache
 from worker.serving.sampling import choose_tokens
@@ -25,15 +28,33 @@ if TYPE_CHECKING:
 HEADROOM = 64  # tokens a new row must be able to grow, so that it is not sent back at once
 
 
+class CannotBegin(Exception):
+    """A waiting sequence's adapter cannot be loaded."""
+
+    def __init__(self, sequence: Sequence, reason: ModelUnavailable) -> None:
+        super().__init__(str(reason))
+        self.sequence = sequence
+        self.reason = reason
+
+
 class ModelGroup:
     """A model, its waiting line and its running batch; row i of the cache belongs to `rows[i]`."""
 
-    def __init__(self, model: PreTrainedModel, *, max_batch: int, max_tokens: int, max_adapters: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        max_batch: int,
+        max_tokens: int,
+        adapter_bytes: int,
+        on_read: Callable[[], None] = lambda: None,
+    ) -> None:
         refuse_special_attention(model)
         self.model = model
         self._device = model.device
         self.context_length: int = model.config.max_position_embeddings
-        self.adapters = AdapterSet(model, max_adapters=max_adapters, device=model.device)
+        self.adapters = AdapterSet(model, budget_bytes=adapter_bytes, max_slots=max_batch, on_read=on_read)
+        self._max_batch = max_batch
         self.cache = SlotCache(
             model.config.num_hidden_layers,
             max_rows=max_batch,
@@ -51,21 +72,26 @@ class ModelGroup:
         return not self.rows and not self.queue
 
     def admit(self) -> Sequence | None:
-        """Give the next waiting sequence a row, if there is one and it fits; nobody overtakes it.
+        """Give the next waiting sequence a row, if there is one and it fits.
 
-        Raises ModelUnavailable (the sequence stays first in line, see `queue.peek`).
+        One whose adapter is just being read lets those behind it go first, for that is soon over; for want
+        of memory nobody is overtaken. Raises CannotBegin; that sequence stays in line.
         """
-        sequence = self.queue.peek()
-        if sequence is None:
-            return None
-        length = min(max(len(sequence.ids), self.cache.longest) + HEADROOM, self.context_length)
-        if not self.cache.reserve(len(self.rows) + 1, length):
-            return None
-        name = self.adapters.acquire(_adapter_of(sequence.completion))
-        if name is None:
-            return None
-        sequence.adapter = name
-        return self.queue.pop()
+        for sequence in islice(self.queue, self._max_batch):
+            length = min(max(len(sequence.ids), self.cache.longest) + HEADROOM, self.context_length)
+            if not self.cache.reserve(len(self.rows) + 1, length):
+                return None
+            tuned = _adapter_of(sequence.completion)
+            try:
+                sequence.adapter = self.adapters.acquire(tuned)
+            except ModelUnavailable as error:
+                raise CannotBegin(sequence, error) from error
+            if sequence.adapter is not None:
+                self.queue.take(sequence)
+                return sequence
+            if tuned is None or not self.adapters.is_being_read(tuned):
+                return None
+        return None
 
     def prefill(self, sequence: Sequence) -> None:
         """Compute an admitted sequence up to its first new token, in a row of its own; O(T) tokens."""
@@ -121,7 +147,7 @@ class ModelGroup:
         if not step.uniform:
             keys_L = torch.arange(step.longest + 1, device=self._device)
             mask_B11L = (keys_L <= step.starts_B[:, None])[:, None, None, :]
-        self.adapters.route([sequence.adapter or BASE for sequence in rows])
+        self.adapters.route([sequence.adapter or BASE for sequence in rows], one_token=count == 1)
         output = self.model(
             input_ids=ids_BT,
             position_ids=positions_BT,

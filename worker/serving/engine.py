@@ -20,7 +20,7 @@ import torch
 
 from app.core.completions import CompletionRequest, Failed, TunedWeights
 from worker.base_model import load_base_model, load_tokenizer, pick_device
-from worker.serving.adapters import ModelUnavailable
+from worker.serving.adapter_files import ModelUnavailable
 from worker.serving.batch import ModelGroup
 from worker.serving.intake import Intake
 from worker.serving.loop import ENGINE_ERROR, Loop
@@ -41,7 +41,7 @@ class EngineLimits:
 
     max_batch: int = 16  # sequences computed together
     max_tokens_in_flight: int = 16_384  # rows x longest row, per model; at least one whole context
-    max_adapters: int = 16  # LoRA adapters in memory
+    adapter_bytes: int = 2 * 2**30  # LoRA adapters in memory; those of running rows are there twice
     max_full_models: int = 1  # whole tuned models in memory beside the base
     prefill_tokens: int = 512  # prompt tokens between two decoding steps; at least one prompt
 
@@ -56,6 +56,7 @@ class EngineStats:
     waiting: int  # sequences in a line
     loading: int  # requests whose whole model is not in memory yet
     adapters: int  # in memory
+    adapter_bytes: int  # of them, and of those being read
     full_models: int  # in memory
     kv_tokens: int  # held in rows
     kv_tokens_reserved: int  # memory taken for rows
@@ -93,7 +94,7 @@ class Engine:
             base,
             load=self._load_group,
             max_full_models=self._limits.max_full_models,
-            on_loaded=lambda: self._inbox.put(_nothing),
+            on_loaded=self._wake,
         )
         self._loop = Loop(intake, models, self._outlet, prefill_tokens=self._limits.prefill_tokens)
         self._stats = self._count()
@@ -141,9 +142,13 @@ class Engine:
     def stop(self) -> None:
         """End the loop within a step; open requests get their Failed. Returns when the thread is gone."""
         self._stopping = True
-        self._inbox.put(_nothing)
+        self._wake()
         if self._thread is not None:
             self._thread.join()
+
+    def _wake(self) -> None:
+        """A loop that waits for something looks again."""
+        self._inbox.put(_nothing)
 
     def _put(self, command: Callable[[], None]) -> bool:
         with self._lock:
@@ -192,6 +197,7 @@ class Engine:
             waiting=sum(len(group.queue) for group in groups),
             loading=self._loop.loading,
             adapters=len(groups[0].adapters),
+            adapter_bytes=groups[0].adapters.size_bytes,
             full_models=len(groups) - 1,
             kv_tokens=sum(sum(group.cache.lengths) for group in groups),
             kv_tokens_reserved=sum(group.cache.capacity for group in groups),
@@ -206,9 +212,10 @@ class Engine:
             model,
             max_batch=self._limits.max_batch,
             max_tokens=self._limits.max_tokens_in_flight,
-            max_adapters=self._limits.max_adapters,
+            adapter_bytes=self._limits.adapter_bytes,
+            on_read=self._wake,
         )
 
 
 def _nothing() -> None:
-    """Wakes the loop."""
+    """What the inbox holds when there is only to wake up."""

@@ -12,8 +12,8 @@ from concurrent.futures import Future
 import torch
 
 from app.core.completions import CompletionRequest, Failed, TunedWeights, WeightsKind
-from worker.serving.adapters import ModelUnavailable
-from worker.serving.batch import ModelGroup
+from worker.serving.adapter_files import ModelUnavailable
+from worker.serving.batch import CannotBegin, ModelGroup
 from worker.serving.intake import Intake, Refused
 from worker.serving.models import ModelSet
 from worker.serving.outlet import Outlet
@@ -43,13 +43,14 @@ class Loop:
         self._unplaced: dict[str, Completion] = {}  # their whole model is not in memory yet
         self._warming: list[tuple[TunedWeights, Future[None]]] = []
         self._failed_steps = 0
+        self._moved = False  # something began or ended in the last step, so the next one may find more
         self.made_tokens = 0
         self.errors = 0
 
     @property
     def busy(self) -> bool:
-        """There is something to compute now."""
-        return any(not group.idle for group in self.models.groups)
+        """There is something to compute now; who waits for a file does not count."""
+        return self._moved or any(group.rows for group in self.models.groups)
 
     @property
     def loading(self) -> int:
@@ -87,6 +88,7 @@ class Loop:
 
     def step(self) -> None:
         """One token for every running sequence, after new ones were taken in."""
+        self._moved = False
         self._expire()
         self.models.settle()
         self._place()
@@ -105,23 +107,30 @@ class Loop:
 
     def _admit(self, group: ModelGroup) -> None:
         spent = 0
-        while spent < self._prefill_tokens and (head := group.queue.peek()) is not None:
+        while spent < self._prefill_tokens and (sequence := group.queue.peek()) is not None:
             try:
-                sequence = group.admit()
-                if sequence is None:
+                admitted = group.admit()
+                if admitted is None:
                     return
+                self._moved = True
+                sequence = admitted
                 spent += len(sequence.ids)
                 group.prefill(sequence)
                 self._hand_out([sequence])
-            except ModelUnavailable as error:
-                self._fail(head.completion, unavailable(error))
+            except CannotBegin as error:
+                self._moved = True
+                self._fail(error.sequence.completion, unavailable(error.reason))
             except Exception as error:
-                _log.exception("prompt of request %s failed", head.completion.request.id)
-                self.errors += 1
-                self._fail(head.completion, ENGINE_ERROR)
-                self._failed_steps += not isinstance(error, torch.OutOfMemoryError)  # that one goes away
-                if self._failed_steps >= MAX_FAILED_STEPS:
-                    raise
+                self._fail_prompt(sequence, error)
+
+    def _fail_prompt(self, sequence: Sequence, error: Exception) -> None:
+        """End the request of a prompt that failed; called while its exception is handled."""
+        _log.exception("prompt of request %s failed", sequence.completion.request.id)
+        self.errors += 1
+        self._fail(sequence.completion, ENGINE_ERROR)
+        self._failed_steps += not isinstance(error, torch.OutOfMemoryError)  # that one goes away
+        if self._failed_steps >= MAX_FAILED_STEPS:
+            raise error
 
     def _hand_out(self, sequences: list[Sequence]) -> None:
         """Send what these sequences have to say, one message per request; close finished ones."""
@@ -163,7 +172,7 @@ class Loop:
 
     def _is_loaded(self, tuned: TunedWeights) -> bool:
         if tuned.kind is WeightsKind.LORA:
-            return self.models.base.adapters.load(tuned) is not None
+            return self.models.base.adapters.load(tuned)
         return self.models.get(tuned) is not None
 
     def _expire(self) -> None:

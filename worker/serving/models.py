@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from app.core.completions import TunedWeights, WeightsKind
-from worker.serving.adapters import ModelUnavailable
+from worker.serving.adapter_files import ModelUnavailable
 from worker.serving.batch import ModelGroup
 
 LoadGroup = Callable[[Path], ModelGroup]
@@ -69,7 +69,8 @@ class ModelSet:
         return group
 
     def close(self) -> None:
-        """Wait for the side thread to end."""
+        """Wait for the side threads to end."""
+        self.base.adapters.close()
         self._reader.shutdown(cancel_futures=True)
 
     def _begin_loading(self, tuned: TunedWeights) -> None:

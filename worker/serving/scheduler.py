@@ -1,7 +1,7 @@
 """The queue of sequences that wait for a row: first come first served within a project, projects in turn.
 
 So a project with a thousand waiting requests delays another project's single one by one place, not by a
-thousand. Knows nothing of memory: the batch decides whether the next one fits, and nobody overtakes it.
+thousand. Knows nothing of memory: the batch decides which of the first ones can begin.
 """
 
 from __future__ import annotations
@@ -22,8 +22,12 @@ class FairQueue:
         return sum(len(line) for line in self._lines.values())
 
     def __iter__(self) -> Iterator[Sequence]:
-        for line in self._lines.values():
-            yield from line
+        """All in the order in which they would be served; not to be changed meanwhile."""
+        lines = [iter(line) for line in self._lines.values()]
+        while lines:
+            heads = [(line, next(line, None)) for line in lines]
+            lines = [line for line, head in heads if head is not None]
+            yield from (head for _, head in heads if head is not None)
 
     def push(self, sequence: Sequence) -> None:
         """Add at the end of its project's line; a new line starts last."""
@@ -41,15 +45,15 @@ class FairQueue:
             return line[0]
         return None
 
-    def pop(self) -> Sequence:
-        """Take the next one; its project goes behind the others."""
-        project, line = next(iter(self._lines.items()))
-        sequence = line.popleft()
+    def take(self, sequence: Sequence) -> None:
+        """Serve this one now; its project goes behind the others."""
+        project = _project(sequence)
+        line = self._lines[project]
+        line.remove(sequence)
         if line:
             self._lines.move_to_end(project)
         else:
             del self._lines[project]
-        return sequence
 
     def remove(self, completion: Completion) -> None:
         """Drop all waiting sequences of one completion."""
