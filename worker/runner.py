@@ -15,7 +15,7 @@ from app.core.tables import Job
 from worker.attempt_run import AttemptRun
 from worker.context import Context
 from worker.lease import Lease
-from worker.trainer import Trainer
+from worker.trainer import Trainer, TrainerDiedError
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +61,17 @@ class Runner:
 
     def _run_all(self) -> None:
         with self._device:
-            while not self.stopping.is_set() and self._run_best():
+            while not self.stopping.is_set() and self._device_is_free() and self._run_best():
                 pass
+
+    def _device_is_free(self) -> bool:
+        """Whether nothing of an earlier attempt is left; what cannot be killed may hold the device."""
+        try:
+            self._trainer.start()
+        except TrainerDiedError:
+            log.error("processes of an earlier attempt cannot be ended; no job is taken")
+            return False
+        return True
 
     def _run_best(self) -> bool:
         claimed_at = time.monotonic()  # before the database's clock starts, so that ours ends first

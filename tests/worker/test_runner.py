@@ -21,7 +21,7 @@ from tests.worker.desk import Desk, child_of, examples, running, wait_for, warm
 from worker import control, records
 from worker.records import RESULT_COLUMNS
 from worker.runner import Runner
-from worker.trainer import Trainer
+from worker.trainer import Trainer, TrainerDiedError
 from worker.training.words import CheckpointReady, Metrics
 
 
@@ -126,7 +126,6 @@ def test_a_cancel_stops_the_child_within_a_moment(desk: Desk, trainer: Trainer) 
         wait_for(lambda: not thread.is_alive(), timeout_s=10)
     assert desk.job(job_id).status is JobStatus.CANCELLED
     assert len(desk.events(job_id)) == seen
-    assert trainer._process is None
     with pytest.raises(ProcessLookupError):
         os.killpg(child, 0)
     assert desk.leftovers() == []
@@ -319,3 +318,18 @@ def test_a_commit_whose_answer_was_lost_does_not_lose_the_checkpoint(desk: Desk,
         records.drop_unnamed_checkpoint(desk.context, session, key)
     assert (desk.context.storage.path(key) / "adapter.safetensors").is_file()
     assert len(desk.checkpoints(job_id)) == 1
+
+
+def test_no_job_is_taken_while_something_of_the_last_one_cannot_be_ended(
+    desk: Desk, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start() -> None:
+        raise TrainerDiedError("Processes of an earlier training run hold the device.")
+
+    job_id = desk.queue()
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer, "start", start)
+        Runner(desk.context, trainer).run_waiting()
+        assert (desk.job(job_id).status, desk.job(job_id).attempt) == (JobStatus.QUEUED, 0)
+    Runner(desk.context, trainer).run_waiting()
+    assert desk.job(job_id).status is JobStatus.SUCCEEDED
