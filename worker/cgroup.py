@@ -7,12 +7,14 @@ of it the tree is still found by its mark. Knows nothing of what runs inside.
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 # Threads count too: a machine with 256 cores starts a few times that many for one training process.
 MAX_PROCESSES = 4096
+_BUSY_S = 2.0
 _CONTROLLERS = {"memory", "pids"}
 _ESCAPE = re.compile(r"\\([0-7]{3})")  # how /proc/self/mounts writes a space
 
@@ -57,10 +59,14 @@ class Cgroup:
         self._write("cgroup.kill", "1")
 
     def remove(self) -> None:
-        """Take the folders away, once the group is empty."""
+        """Take the folders away; what has just been killed may keep them busy for a moment."""
         for folder in self.folders:
-            with suppress(OSError):
-                folder.rmdir()
+            deadline = time.monotonic() + _BUSY_S
+            while folder.exists() and time.monotonic() < deadline:
+                try:
+                    folder.rmdir()
+                except OSError:
+                    time.sleep(0.01)
 
     def _write(self, name: str, value: str) -> None:
         for folder in self.folders:

@@ -34,6 +34,8 @@ _PRIVATE = re.compile(
 )
 _SOURCE_ROOT = Path(__file__).parents[1]
 _ASK_AGAIN_S = 0.5  # the first request ends a job with a checkpoint, the next one the idle child
+_GLANCE_S = 0.5  # how often to see whether the child still lives
+_LAST_WORDS_S = 0.2  # until all that a dead child has said is read
 _END_S = 2.0  # a child that closed its output has ended by then
 _LONGEST_WORD = 2**20  # bytes of one line; the protocol's words are far smaller
 
@@ -54,6 +56,7 @@ class Trainer:
         self._worker = worker
         self._memory_bytes = memory_bytes
         self._process: subprocess.Popen[bytes] | None = None
+        self._is_ending = False  # killed, and not yet seen gone
         self._tree: ProcessTree | None = None
         self._words: queue.Queue[TrainWord | None] = queue.Queue()
         self._ready = threading.Event()
@@ -65,8 +68,7 @@ class Trainer:
     @property
     def is_ready(self) -> bool:
         """Whether a living child has its imports behind it."""
-        process = self._process
-        return self._ready.is_set() and process is not None and process.poll() is None
+        return self._ready.is_set() and self._is_alive
 
     def start(self) -> None:
         """Start a child; it says `Ready` once its imports are done. No effect while one lives.
@@ -74,7 +76,7 @@ class Trainer:
         Raises TrainerDiedError while something of the last one cannot be ended.
         """
         with self._lock:
-            if self._process is not None and self._process.poll() is None:
+            if self._is_alive:
                 return
             if not self._release():
                 raise TrainerDiedError("Processes of an earlier training run hold the device.")
@@ -116,15 +118,22 @@ class Trainer:
 
     def next_word(self, *, timeout_s: float) -> TrainWord | None:
         """The next word, None when none came in time; raises TrainerDiedError at the child's end."""
-        words = self._words
-        try:
-            word = words.get(timeout=timeout_s)
-        except queue.Empty:
-            return None
-        if word is None:
-            words.put(None)  # it stays dead for whoever asks again
-            raise self._death()
-        return word
+        words, process = self._words, self._process
+        deadline = time.monotonic() + timeout_s
+        while True:
+            # Its output may be held open by something it started, so its end shows nowhere but here.
+            is_over = process is None or process.poll() is not None
+            wait_s = _LAST_WORDS_S if is_over else min(_GLANCE_S, max(0.0, deadline - time.monotonic()))
+            with suppress(queue.Empty):
+                word = words.get(timeout=wait_s)
+                if word is None:
+                    words.put(None)  # it stays dead for whoever asks again
+                    raise self._death()
+                return word
+            if is_over:
+                raise self._death()
+            if time.monotonic() >= deadline:
+                return None
 
     def ask_to_stop(self) -> None:
         """Have the child end its job with a checkpoint and `Stopped`, or itself where it has none."""
@@ -155,6 +164,11 @@ class Trainer:
                 self._tree.close()
                 self._tree = None
 
+    @property
+    def _is_alive(self) -> bool:
+        process = self._process
+        return process is not None and process.poll() is None and not self._is_ending
+
     def _spawn(self, environment: dict[str, str]) -> subprocess.Popen[bytes]:
         kept = {name: value for name, value in os.environ.items() if not _PRIVATE.search(name)}
         # The child keeps its folder out of its path (-P) and must find this very code all the same.
@@ -175,9 +189,10 @@ class Trainer:
                 os.killpg(process.pid, signal.SIGKILL)
 
     def _release(self) -> bool:
+        self._is_ending = True
         self._strike()
         gone = self._tree is None or self._tree.kill()
-        process, self._process = self._process, None
+        process = self._process
         if process is not None and gone:
             try:
                 process.wait(timeout=_END_S)
@@ -187,6 +202,8 @@ class Trainer:
                 if pipe is not None:
                     with suppress(OSError):
                         pipe.close()
+            self._process = None
+        self._is_ending = not gone
         return gone
 
     def _death(self) -> TrainerDiedError:

@@ -85,7 +85,7 @@ def _fitting_backward(
             raise device_out_of_memory()
         yield Log(
             level="warn",
-            message=f"The device had too little memory in step {step}. Batches are now computed in parts "
-            f"of at most {tuned.max_tokens} tokens (cut {tuned.shrinks} of at most {MAX_SHRINKS}); "
-            "batch size and result stay the same.",
+            message=f"The device had too little memory in step {step}. Batches are now computed in "
+            f"parts of {tuned.max_tokens} tokens (halved {tuned.shrinks} of at most {MAX_SHRINKS} times); "
+            "the batch size and the result stay the same.",
         )
