@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
+_SEAL = "manifest_sha256"  # the manifest's own digest, of all but this entry
 TRAINING_STATE = "training_state"  # subfolder: all that a resume needs beside the weights; may be dropped
 
 
@@ -29,7 +30,7 @@ def write_manifest(folder: Path, **about: Any) -> None:
     for path in files.values():
         sync(path)
     manifest = {"files": {name: _described(path) for name, path in files.items()}, **about}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+    (folder / MANIFEST).write_bytes(_text(manifest | {_SEAL: _seal(manifest)}))
     sync(folder / MANIFEST)
     for path in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
         sync(path)
@@ -67,7 +68,10 @@ def sync(path: Path) -> None:
 
 def _read(folder: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads(_bytes(folder / MANIFEST))
+        data = _bytes(folder / MANIFEST)
+        manifest = json.loads(data)
+        if data != _text(manifest) or manifest[_SEAL] != _seal(manifest):
+            raise ValueError("a byte")
         entries = manifest["files"].values()
         if not all(isinstance(entry, dict) and {"sha256", "size_bytes"} == set(entry) for entry in entries):
             raise ValueError("an entry")
@@ -79,6 +83,14 @@ def _read(folder: Path) -> dict[str, Any]:
         raise DamagedError("its manifest cannot be read") from None
     result: dict[str, Any] = manifest
     return result
+
+
+def _seal(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(_text({key: manifest[key] for key in manifest if key != _SEAL})).hexdigest()
+
+
+def _text(manifest: dict[str, Any]) -> bytes:
+    return (json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _files(folder: Path) -> Iterator[Path]:
