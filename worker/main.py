@@ -73,7 +73,10 @@ def _training(context: Context) -> Role:
     from worker.runner import Runner
     from worker.trainer import Trainer
 
-    trainer = Trainer(grace_s=context.settings.trainer_grace_s, worker=context.worker)
+    settings = context.settings
+    trainer = Trainer(
+        grace_s=settings.trainer_grace_s, worker=context.worker, memory_bytes=settings.trainer_memory_bytes
+    )
     runner = Runner(context, trainer)
     _task(context.celery, Task.RUN_JOB, lambda _job_id: runner.run_waiting())
     warm = Beat("trainer", runner.keep_warm, every_s=1.0)

@@ -49,6 +49,7 @@ class Settings(BaseSettings):
     validation_limit_s: float = Field(default=600.0, gt=0)  # silence in a validation
     checkpoint_limit_s: float = Field(default=600.0, gt=0)  # silence while a checkpoint is written
     trainer_grace_s: float = Field(default=10.0, gt=0)  # from asking a trainer to stop to ending it
+    trainer_memory_bytes: int | None = Field(default=None, gt=0)  # of a trainer, where cgroups can be made
     checkpoint_every_s: float = Field(default=600.0, gt=0)  # a job never loses more work than this
     retry_pause_s: float = Field(default=5.0, ge=0)  # before a second try; doubled for each one after it
     idempotency_hours: float = Field(default=48.0, ge=24)  # how long an Idempotency-Key is remembered

@@ -1,4 +1,4 @@
-"""Where memory ends, smaller parts give the same result; where that does not help, the user learns what does."""
+"""Where memory ends, smaller parts give the same result; else the user learns what helps."""
 
 from __future__ import annotations
 

@@ -140,10 +140,11 @@ def test_sigterm_ends_a_job_with_a_checkpoint_and_the_child_takes_the_next(
     warm_child: Child, make_spec: MakeSpec, tmp_path: Path
 ) -> None:
     say(warm_child, long_spec(make_spec, tmp_path).model_dump_json())
-    while not isinstance(hear(warm_child), StepDone):
-        pass
+    words = [hear(warm_child)]
+    while not isinstance(words[-1], StepDone):
+        words.append(hear(warm_child))
     warm_child.terminate()
-    *_, done, kept, stopped = hear_all(warm_child)
+    *_, done, kept, stopped = words + hear_all(warm_child)
     assert isinstance(kept, CheckpointReady)
     assert isinstance(done, StepDone)
     assert stopped == Stopped(step=kept.metrics.step)
