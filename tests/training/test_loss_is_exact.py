@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -105,7 +106,7 @@ def test_loss_and_gradients_equal_a_plain_padded_peft_loop(
         tuned.max_tokens = max_tokens
         tuned.model.train()
         random_factors(tuned)
-        loss, _ = result(backward(tuned, batch, Pulse(Section.STEP)))
+        loss, _ = result(backward(tuned, batch, Pulse(Section.STEP), threading.Event()))
 
         reference = peft_reference(tiny_dir, spec).train()
         theirs = [weight for weight in reference.parameters() if weight.requires_grad]
@@ -158,7 +159,7 @@ def test_evaluation_leaves_nf4_weights_trainable(
     with tuned_model(make_spec(adapter=Adapter.QLORA), warm) as tuned:
         tuned.model.train()
         random_factors(tuned)
-        before, _ = result(backward(tuned, batch, Pulse(Section.STEP)))
+        before, _ = result(backward(tuned, batch, Pulse(Section.STEP), threading.Event()))
         gradients = [weight.grad.clone() for weight in tuned.parameters]
         tuned.model.train(False)
         with torch.no_grad():
@@ -166,6 +167,6 @@ def test_evaluation_leaves_nf4_weights_trainable(
         tuned.model.train()
         for weight in tuned.parameters:
             weight.grad = None
-        after, _ = result(backward(tuned, batch, Pulse(Section.STEP)))
+        after, _ = result(backward(tuned, batch, Pulse(Section.STEP), threading.Event()))
         assert after == before
         assert all(torch.equal(w.grad, g) for w, g in zip(tuned.parameters, gradients, strict=True))

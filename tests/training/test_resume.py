@@ -8,14 +8,17 @@ import shutil
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from app.core.manifest import MANIFEST, TRAINING_STATE, verify
 from tests.tiny import write_examples
 from tests.training.conftest import told
+from worker.chat_template import TokenizedExample
+from worker.training import model
 from worker.training.loop import train
-from worker.training.model import WarmBase
+from worker.training.model import TunedModel, WarmBase
 from worker.training.resume import PROGRESS
 from worker.training.words import (
     Adapter,
@@ -23,11 +26,13 @@ from worker.training.words import (
     Finished,
     Log,
     Metrics,
+    Section,
     Started,
     StepDone,
     Stopped,
     TrainSpec,
     TrainWord,
+    Working,
 )
 
 MakeSpec = Callable[..., TrainSpec]
@@ -91,6 +96,34 @@ def test_a_run_stopped_after_any_step_ends_with_the_same_bytes_and_metrics(
         assert second[-1] == whole[-1]
         assert metrics(first) + metrics(second) == metrics(whole)
         assert content(folders(second)[0]) == content(folders(whole)[0])
+
+
+@pytest.mark.parametrize("step", [1, 2, 4, 5])
+def test_a_step_left_in_the_middle_is_as_if_it_had_not_begun(
+    make_run: MakeSpec, warm: WarmBase, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """Asked to stop between two parts of a step: on a slow machine its end can be minutes away."""
+    monkeypatch.setitem(model._MAX_TOKENS, "cpu", 64)  # two or more parts a step
+    whole = told(train(make_run(0), warm))
+    stop, begun, first = threading.Event(), False, []
+    for word in train(make_run(step), warm, stop=stop):
+        first.append(word)
+        begun = begun or (isinstance(word, Working) and (word.section, word.step) == (Section.STEP, step))
+        if begun and not stop.is_set():
+            real = TunedModel.sums
+
+            def sums(self: TunedModel, part: Sequence[TokenizedExample], run: Any = real) -> Any:
+                stop.set()
+                return run(self, part)
+
+            monkeypatch.setattr(TunedModel, "sums", sums)
+    monkeypatch.undo()
+    monkeypatch.setitem(model._MAX_TOKENS, "cpu", 64)
+    assert first[-1] == Stopped(step=step - 1)
+    assert [word.step for word in metrics(first)] == list(range(1, step))
+    second = told(train(make_run(10, resume_from=tuple(folders(first))), warm))
+    assert metrics(first) + metrics(second) == metrics(whole)
+    assert content(folders(second)[0]) == content(folders(whole)[0])
 
 
 def test_a_run_stopped_after_every_step_ends_with_the_same_bytes(make_run: MakeSpec, warm: WarmBase) -> None:

@@ -27,7 +27,7 @@ from worker.training.plan import Plan, read_plan
 from worker.training.pulse import Pulse
 from worker.training.resume import Progress, Resume, find_resume, step_of
 from worker.training.state import RandomState, load_optimizer, save_optimizer
-from worker.training.step import train_step
+from worker.training.step import Abandoned, StepPlan, train_step
 from worker.training.words import (
     CheckpointReady,
     Finished,
@@ -120,14 +120,19 @@ class _Run:
         self._kept_at = time.monotonic()
 
     def words(self, stop: threading.Event) -> Iterator[TrainWord]:
-        """Train to the end, or until `stop` is set and the present step is kept."""
+        """Train to the end, or until `stop` is set; what is done by then is kept."""
         if stop.is_set():
             yield Stopped(step=self._kept)
             return
         yield Started(step=self._kept)
         begun = time.monotonic() - self._progress.elapsed_s
+        last = Metrics(step=self._kept)
         for step, batch in self._batches():
-            metrics, rate = yield from self._step(step, batch)
+            try:
+                metrics, rate = yield from self._step(step, batch, stop)
+            except Abandoned:
+                yield from self._leave(last)
+                return
             tokens = sum(len(example.ids) for example in batch)
             progress = self._advance(step, tokens, elapsed_s=time.monotonic() - begun)
             yield StepDone(
@@ -139,12 +144,19 @@ class _Run:
                 elapsed_s=progress.elapsed_s,
                 tokens_per_second=progress.tokens_seen / progress.elapsed_s,
             )
+            last = metrics
             if stop.is_set() or self._is_checkpoint_due(step):
                 yield from self._keep(metrics)
             if stop.is_set() and self._kept == step < self._plan.total_steps:
                 yield Stopped(step=step)
                 return
         yield Finished(trained_tokens=self._plan.trained_tokens, steps=self._plan.total_steps)
+
+    def _leave(self, last: Metrics) -> Iterator[TrainWord]:
+        """Keep the steps that are done; the one in progress is as if it had not begun."""
+        if self._kept < last.step:
+            yield from self._keep(last)
+        yield Stopped(step=self._kept)
 
     def _batches(self) -> Iterator[tuple[int, list[TokenizedExample]]]:
         """What is left to do: the number of each step, and its batch."""
@@ -158,10 +170,11 @@ class _Run:
                 yield step, batch
 
     def _step(
-        self, step: int, batch: list[TokenizedExample]
+        self, step: int, batch: list[TokenizedExample], stop: threading.Event
     ) -> Generator[TrainWord, None, tuple[Metrics, float]]:
         rate = learning_rate_at(step, self._plan.total_steps, self._spec.learning_rate)
-        loss, accuracy = yield from train_step(self._tuned, self._optimizer, batch, step=step, rate=rate)
+        plan = StepPlan(step=step, rate=rate, stop=stop)
+        loss, accuracy = yield from train_step(self._tuned, self._optimizer, batch, plan)
         epoch_end = step % self._plan.steps_per_epoch == 0
         measured = yield from self._validator.measure(self._tuned, step, epoch_end=epoch_end)
         return Metrics(step=step, train_loss=loss, train_mean_token_accuracy=accuracy, **measured), rate

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -20,20 +22,28 @@ MAX_GRADIENT_NORM = 1.0
 MAX_SHRINKS = 4  # each halves the tokens of one pass
 
 
+class Abandoned(Exception):
+    """Asked to stop in the middle of a step: model, optimizer and random numbers are as before it."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """Which step it is, its learning rate, and the request to leave it."""
+
+    step: int
+    rate: float
+    stop: threading.Event
+
+
 def train_step(
-    tuned: TunedModel,
-    optimizer: torch.optim.Optimizer,
-    batch: Sequence[TokenizedExample],
-    *,
-    step: int,
-    rate: float,
+    tuned: TunedModel, optimizer: torch.optim.Optimizer, batch: Sequence[TokenizedExample], plan: StepPlan
 ) -> Generator[Working | Log, None, tuple[float, float]]:
-    """One optimizer step at learning rate `rate`; returns (loss, token accuracy) before the step.
+    """One optimizer step; returns (loss, token accuracy) before it. Raises Abandoned when asked to stop.
 
     The loss is the mean negative log-likelihood in nats over all trained tokens of the batch, however it is
     split to fit into memory, so a batch's gradient does not depend on the machine.
     """
-    loss, accuracy = yield from _fitting_backward(tuned, batch, step)
+    loss, accuracy = yield from _fitting_backward(tuned, batch, plan)
     norm = torch.nn.utils.clip_grad_norm_(tuned.parameters, MAX_GRADIENT_NORM)
     if not (math.isfinite(loss) and math.isfinite(norm.item())):
         raise TrainingError(
@@ -43,19 +53,21 @@ def train_step(
             param="hyperparameters.learning_rate_multiplier",
         )
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = plan.rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss, accuracy
 
 
 def backward(
-    tuned: TunedModel, batch: Sequence[TokenizedExample], pulse: Pulse
+    tuned: TunedModel, batch: Sequence[TokenizedExample], pulse: Pulse, stop: threading.Event
 ) -> Generator[Working, None, tuple[float, float]]:
     """Add the gradient of the batch's mean loss to the parameters; return that loss and the accuracy."""
     count = label_count(batch)
     loss_sum, correct_sum = 0.0, 0
     for part in micro_batches(batch, tuned.max_tokens):
+        if stop.is_set():
+            raise Abandoned
         loss, correct, _ = tuned.sums(part)
         (loss / count).backward()  # type: ignore[no-untyped-call]
         loss_sum += loss.item()
@@ -65,27 +77,34 @@ def backward(
 
 
 def _fitting_backward(
-    tuned: TunedModel, batch: Sequence[TokenizedExample], step: int
+    tuned: TunedModel, batch: Sequence[TokenizedExample], plan: StepPlan
 ) -> Generator[Working | Log, None, tuple[float, float]]:
     """`backward`, begun anew in smaller parts where the device has no room, with the same random numbers."""
-    pulse = Pulse(Section.STEP, step)
+    pulse = Pulse(Section.STEP, plan.step)
     yield from pulse.begin()
     random = RandomState.take(tuned.device)
     while True:
         try:
-            return (yield from backward(tuned, batch, pulse))
+            return (yield from backward(tuned, batch, pulse, plan.stop))
+        except Abandoned:
+            _take_back(tuned, random)
+            raise
         except Exception as error:
             if not is_device_out_of_memory(error):
                 raise
         # Past the handler: the error's traceback holds the tensors of the failed pass.
-        for parameter in tuned.parameters:
-            parameter.grad = None
-        random.put_back(tuned.device)
+        _take_back(tuned, random)
         if tuned.shrinks >= MAX_SHRINKS or not tuned.shrink(batch):
             raise device_out_of_memory()
         yield Log(
             level="warn",
-            message=f"The device had too little memory in step {step}. Batches are now computed in "
+            message=f"The device had too little memory in step {plan.step}. Batches are now computed in "
             f"parts of {tuned.max_tokens} tokens (halved {tuned.shrinks} of at most {MAX_SHRINKS} times); "
             "the batch size and the result stay the same.",
         )
+
+
+def _take_back(tuned: TunedModel, random: RandomState) -> None:
+    for parameter in tuned.parameters:
+        parameter.grad = None
+    random.put_back(tuned.device)
