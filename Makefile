@@ -34,6 +34,15 @@ fmt: $(VENV)/dev.stamp ## format and mend what can be mended
 test: $(VENV)/dev.stamp $(WEIGHTS) ## all tests; ARGS='-k word' for some
 	$(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
+chaos: $(VENV)/dev.stamp ## break a private service on purpose, a seeded choice of faults; ARGS='--seed 8'
+	$(RUN) tests.chaos $(ARGS)
+
+chaos-all: $(VENV)/dev.stamp ## every fault of docs/reliability.md, and a stock queue beside three of them
+	$(RUN) tests.chaos --all $(ARGS)
+
+soak: $(VENV)/dev.stamp ## random faults for half an hour, memory watched; ARGS='--soak 300' for less
+	$(RUN) tests.chaos --soak 1800 $(ARGS)
+
 bare: | $(VENV)/bin/python ## prove each of the extras api and worker in an environment that holds nothing else
 	@sh tests/structure/bare.sh $(VENV)/bin/python $(EXTRAS)
 
@@ -49,7 +58,7 @@ migration: $(VENV)/dev.stamp ## draft a migration from the change in the tables;
 clean: ## remove the environment and what tools left; data stays
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 
-.PHONY: help demo up setup check fmt test bare clients bench-flow migration clean
+.PHONY: help demo up setup check fmt test chaos chaos-all soak bare clients bench-flow migration clean
 
 # A stamp is as old as the installation it stands for.
 $(VENV)/run.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python

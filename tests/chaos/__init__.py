@@ -1,0 +1,1 @@
+"""Faults against a whole private service: what is injected, and what must still be true afterwards."""
