@@ -25,7 +25,7 @@ SOCKET_OPTIONS: dict[str, Any] = {
     "socket_timeout": 10,
     "socket_connect_timeout": 5,
     "socket_keepalive": True,
-    "health_check_interval": 25,
+    "health_check_interval": 5,  # a worker on a half-open line is deaf for twice that and a second
 }
 
 
@@ -65,6 +65,7 @@ def make_celery(settings: Settings) -> Celery:
     """A Celery app over this installation's broker."""
     app = Celery("luthier", broker=settings.redis_url, set_as_current=False)
     app.conf.update(
+        broker_transport="app.core.transport:Transport",
         task_serializer="json",
         accept_content=["json"],
         task_ignore_result=True,

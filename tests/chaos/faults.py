@@ -36,6 +36,7 @@ class Run:
     tenants: tuple[Tenant, Tenant]
     chance: random.Random
     n: int
+    whole: bool = False  # the full length of the matrix, for faults that last
     runs: int = 0
     jobs: set[str] = field(default_factory=set)
     may_fail: set[str] = field(default_factory=set)  # jobs whose failure is the point
@@ -100,6 +101,14 @@ class Run:
             time.sleep(0.05)
         self.failures.append(f"{job}: no attempt after {beyond} in {timeout_s:g} s")
 
+    def mend(self, seconds: float) -> None:
+        """Start again what ended, as a supervisor does, for so long."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            for part in self.service.parts.values():
+                part.start()
+            time.sleep(0.2)
+
     def finish(self, jobs: list[str] | set[str] | None = None, *, timeout_s: float = QUIET_S) -> None:
         """Until these jobs are final or paused."""
         open_jobs = set(jobs if jobs is not None else self.jobs)
@@ -109,7 +118,7 @@ class Run:
                 self.service.engine, "SELECT id, status FROM jobs WHERE id = ANY(:ids)", ids=list(open_jobs)
             )
             open_jobs -= {row.id for row in found if row.status in QUIET}
-            time.sleep(0.05)
+            self.mend(0.1)
         if open_jobs:
             self.failures.append(f"not quiet after {timeout_s:g} s: {sorted(open_jobs)[:3]}")
 

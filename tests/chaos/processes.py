@@ -1,15 +1,22 @@
-"""Faults of processes: killed, frozen, stopped. The bar of each stands in its entry."""
+"""Faults of whole processes: killed, frozen, stopped, replaced. The bar of each stands in its entry."""
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
+import subprocess
+import tempfile
 import time
+from pathlib import Path
 
 import psutil
 
+from app.cli.process_commands import SOURCE_ROOT
+from app.core.migrate import downgrade, upgrade
 from tests.chaos import truth
 from tests.chaos.faults import Run, fault
-from tests.chaos.service import LEASE_S, TRAINING
+from tests.chaos.service import HOOKS, LEASE_S, TRAINING
 
 
 def hit_running(run: Run, *, steps: int = 15) -> tuple[str, int]:
@@ -32,7 +39,6 @@ def kill_supervisor(run: Run) -> None:
             gone = trainer is None or not psutil.wait_procs([trainer], timeout=2.0)[1]
             run.check(gone, "the trainer outlived its worker by 2 s")
             run.wait_attempt(job, beyond=attempt, since=at)
-            worker.start()
             run.finish([job])
             run.service.wait_ready()
     run.check((run.worst_leases or 9) <= 1.5, "the next attempt came later than 1.5 leases")
@@ -43,10 +49,8 @@ def kill_tree(run: Run) -> None:
     with run.pace(0.1):
         for _ in run.rounds():
             job, attempt = hit_running(run)
-            worker = run.worker_of(job)
-            at = worker.kill_tree()
+            at = run.worker_of(job).kill_tree()
             run.wait_attempt(job, beyond=attempt, since=at)
-            worker.start()
             run.finish([job])
             run.service.wait_ready()
     run.check((run.worst_leases or 9) <= 1.5, "the next attempt came later than 1.5 leases")
@@ -56,6 +60,7 @@ def kill_tree(run: Run) -> None:
     "F05",
     "freeze a worker tree for 3 leases, thaw it",
     bar="a successor ran; every write of the thawed one refused; never two holders",
+    n=2,
 )
 def freeze(run: Run) -> None:
     with run.pace(0.2):
@@ -78,20 +83,153 @@ def freeze(run: Run) -> None:
             run.finish([job])
 
 
-@fault("F12", "SIGTERM to one worker after another while jobs run", bar="0 lost, 0 doubled, no try lost")
+@fault(
+    "F07",
+    "a poison job kills its worker at its first step",
+    bar="failed after 3 tries; 10 others unaffected",
+    n=1,
+    n_all=3,
+)
+def poison(run: Run) -> None:
+    for _ in run.rounds():
+        run.service.order({"do": "kill_worker", "seed": 666})
+        bad = run.tenant.create(steps=6, seed=666)
+        run.jobs.add(bad)
+        run.may_fail.add(bad)
+        others = run.start_jobs(10, steps=3)
+        run.finish([bad, *others])
+        run.service.order()
+        job = run.tenant.get(bad)
+        run.check(job.status == "failed", f"the poison job is {job.status}")
+        run.check(job.error.code == "worker_lost", f"its error: {job.error}")
+        [row] = truth.rows(run.service.engine, "SELECT attempt FROM jobs WHERE id = :job", job=bad)
+        run.check(row.attempt == 3, f"it was tried {row.attempt} times")
+        twice = truth.rows(
+            run.service.engine, "SELECT id FROM jobs WHERE id = ANY(:ids) AND attempt > 1", ids=others
+        )
+        run.check(not twice, f"{len(twice)} other jobs lost a try")
+        run.service.wait_ready()
+
+
+@fault(
+    "F12",
+    "SIGTERM to every process in turn while 20 jobs run",
+    bar="0 lost, no try lost, <= 1.5x the time",
+    n=1,
+    n_all=1,
+)
 def rolling_deploy(run: Run) -> None:
-    with run.pace(0.05):
-        for _ in run.rounds():
-            jobs = run.start_jobs(20, steps=6)
-            for name in (*TRAINING, "control", "api", "inference"):
-                part = run.service.parts[name]
-                part.kill(signal.SIGTERM)
-                part.wait(timeout_s=30)
-                part.start()
-                time.sleep(run.chance.uniform(0.5, 2.0))
-            run.finish(jobs)
-            run.service.wait_ready()
+    """Every process is asked to stop and replaced once in 20 s, as in a rolling deploy."""
+    steps, pace_s = (30, 0.15) if run.whole else (15, 0.1)
+    with run.pace(pace_s):
+        begun = time.monotonic()
+        run.finish(run.start_jobs(20, steps=steps))
+        calm_s = time.monotonic() - begun
+        begun = time.monotonic()
+        jobs = run.start_jobs(20, steps=steps)
+        names = [*TRAINING, "control", "inference", "api"]
+        while not run_is_quiet(run, jobs):
+            part = run.service.parts[names[run.runs % len(names)]]
+            next_at = time.monotonic() + 4.0
+            part.kill(signal.SIGTERM)
+            part.wait(timeout_s=30)
+            part.start()
+            run.runs += 1
+            while time.monotonic() < next_at and not run_is_quiet(run, jobs):
+                run.mend(0.2)
+            if time.monotonic() - begun > 20 * calm_s:
+                break
+        run.finish(jobs)
+        deploy_s = time.monotonic() - begun
+    run.notes.append(f"{calm_s:.0f} s undisturbed, {deploy_s:.0f} s under {run.runs} stops")
+    run.check(deploy_s <= 1.5 * calm_s, "the deploys cost more than half of the time again")
     deaths = truth.rows(
         run.service.engine, "SELECT id FROM jobs WHERE id = ANY(:ids) AND deaths > 0", ids=list(run.jobs)
     )
     run.check(not deaths, f"{len(deaths)} jobs lost a try to a deploy")
+
+
+def run_is_quiet(run: Run, jobs: list[str]) -> bool:
+    """Whether all of these are final."""
+    return not truth.rows(
+        run.service.engine,
+        "SELECT 1 FROM jobs WHERE id = ANY(:ids) AND finished_at IS NULL LIMIT 1",
+        ids=jobs,
+    )
+
+
+@fault(
+    "F13",
+    "an old worker on the new schema, and the schema one step back",
+    bar="both jobs finish",
+    n=1,
+    n_all=1,
+)
+def old_worker(run: Run) -> None:
+    """The training workers run the commit before the newest migration; the schema goes down and up mid-job."""
+    old = checkout_before_migration()
+    if old is None:
+        run.skipped = "no git history with an older migration"
+        return
+    service = run.service
+    try:
+        for name in TRAINING:
+            service.parts[name].stop()
+            service.parts[name].extra_env = {"PYTHONPATH": os.pathsep.join([str(HOOKS), str(old)])}
+            service.parts[name].start()
+        service.wait_ready()
+        with run.pace(0.1):
+            run.finish([run.start_job(steps=9)])
+            job = run.start_job(steps=90)
+            run.wait_step(job, after=5)
+            for name in ("api", "control", "inference"):
+                service.parts[name].stop()
+            downgrade(service.postgres.url, revision="-1")
+            seen = len(truth.steps(service, job))
+            run.wait_step(job, after=seen + 10)
+            upgrade(service.postgres.url)
+            for part in service.parts.values():
+                part.start()
+        run.finish([job])
+        run.runs += 1
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def checkout_before_migration() -> Path | None:
+    """The code as it was before its newest migration came."""
+    versions = "migrations/versions"
+    log = ["git", "-C", str(SOURCE_ROOT), "log", "--diff-filter=A", "--format=%H", "-1", "--", versions]
+    done = subprocess.run(log, capture_output=True, text=True, check=False)
+    newest = done.stdout.strip()
+    if not newest:
+        return None
+    folder = Path(tempfile.mkdtemp(prefix="chaos-old-"))
+    archive = subprocess.run(
+        ["git", "-C", str(SOURCE_ROOT), "archive", f"{newest}^"], capture_output=True, check=False
+    )
+    if archive.returncode != 0:
+        return None
+    subprocess.run(["tar", "-x", "-C", str(folder)], input=archive.stdout, check=True)
+    folder.chmod(0o755)
+    return folder if (folder / versions).is_dir() else None
+
+
+@fault(
+    "F14", "SIGKILL of everything at once, servers too", bar="fsck finds nothing; all jobs end", n=2, n_all=12
+)
+def kill_everything(run: Run) -> None:
+    with run.pace(0.05):
+        for _ in run.rounds():
+            jobs = run.start_jobs(5, steps=9)
+            time.sleep(run.chance.uniform(0.0, 3.0))
+            for part in run.service.parts.values():
+                part.kill_tree()
+            run.service.postgres.crash()
+            run.service.valkey.crash()
+            at = time.time()
+            run.service.start_servers()
+            run.mend(0.1)
+            run.finish(jobs)
+            run.service.wait_ready()
+            run.recoveries_s.append(time.time() - at)

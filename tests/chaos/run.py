@@ -58,7 +58,9 @@ def try_faults(
         Tenant(service.base_url, service.key("other"), "other"),
     )
     for fault in faults:
-        result = try_fault(service, fault, tenants, seed=seed, n=n or (fault.n_all if whole else fault.n))
+        result = try_fault(
+            service, fault, tenants, seed=seed, n=n or (fault.n_all if whole else fault.n), whole=whole
+        )
         say(result.line(seed))
         if not result.ok:
             say(f"     again: python -m tests.chaos --faults {fault.id} --seed {seed} --n {result.run.n}")
@@ -69,9 +71,11 @@ def try_faults(
     return results
 
 
-def try_fault(service: Service, fault: Fault, tenants: tuple[Tenant, Tenant], *, seed: int, n: int) -> Result:
+def try_fault(
+    service: Service, fault: Fault, tenants: tuple[Tenant, Tenant], *, seed: int, n: int, whole: bool
+) -> Result:
     """Inject, heal, wait for quiet, examine."""
-    run = Run(service, tenants, random.Random(f"{seed} {fault.id}"), n)
+    run = Run(service, tenants, random.Random(f"{seed} {fault.id}"), n, whole)
     for tenant in tenants:
         tenant.answers.clear()
         tenant.slowest_s = 0.0

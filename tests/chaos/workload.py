@@ -100,7 +100,7 @@ class Tenant:
             return self.client.fine_tuning.jobs.create(
                 model="tiny",
                 training_file=file,
-                seed=7,
+                seed=seed,
                 hyperparameters={"n_epochs": max(1, steps // 3), "batch_size": 4},
                 extra_headers=headers,
                 extra_body=body,

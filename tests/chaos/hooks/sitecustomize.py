@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = os.environ.get("CHAOS_FOLDER", "")
-now: dict[str, Any] = {"job": "", "attempt": 0, "step": 0}
+now: dict[str, Any] = {"job": "", "attempt": 0, "seed": 0, "step": 0}
 
 
 def note_step(*_: object) -> None:
@@ -30,7 +30,8 @@ def note_step(*_: object) -> None:
     os.close(log)
     with suppress(OSError, ValueError), Path(FOLDER, "orders.json").open() as file:
         for order in json.load(file):
-            if order.get("job") in (None, now["job"]) and now["step"] >= order.get("step", 1):
+            meant = all(order.get(name) in (None, now[name]) for name in ("job", "attempt", "seed"))
+            if meant and now["step"] >= order.get("step", 1):
                 obey(order)
 
 
@@ -109,7 +110,7 @@ def remember_specs(words: Any) -> None:
 
     def reading(line: bytes, **options: Any) -> Any:
         spec = read(line, **options)
-        now.update(job=spec.job_id, attempt=spec.attempt, step=0)
+        now.update(job=spec.job_id, attempt=spec.attempt, seed=spec.seed, step=0)
         now.pop("left", None)
         return spec
 
