@@ -11,8 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.chaos import broker, clients, database, processes, storage  # noqa: F401 - each enters its faults
-from tests.chaos.faults import ALL
+from tests.chaos import matrix
 from tests.chaos.run import Result, say, try_faults
 from tests.chaos.service import Service
 
@@ -24,20 +23,21 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--n", type=int, help="runs of each fault")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--all", action="store_true", help="every fault with its full number of runs")
-    parser.add_argument("--folder", type=Path, help="where logs and data go; kept")
+    parser.add_argument("--folder", type=Path, help="a new folder for logs and data; kept")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str]) -> int:
     """Run, print, and say by the exit code whether all bars were met."""
     options = parse(arguments)
-    names = options.faults.split(",") if options.faults else sorted(ALL)
-    unknown = [name for name in names if name not in ALL]
+    names = options.faults.split(",") if options.faults else sorted(matrix.ALL)
+    unknown = [name for name in names if name not in matrix.ALL]
     if unknown:
-        say(f"no such fault: {', '.join(unknown)}; there are {', '.join(sorted(ALL))}")
+        say(f"no such fault: {', '.join(unknown)}; there are {', '.join(sorted(matrix.ALL))}")
         return 2
     folder = options.folder or Path(tempfile.mkdtemp(prefix="chaos-"))
-    folder.mkdir(parents=True, exist_ok=True)
+    if options.folder:
+        folder.mkdir(parents=True)  # a new one: the storage's volume does not outlive a run
     folder.chmod(0o711)  # PostgreSQL runs as a user of its own
     service = Service(folder)
     began = time.monotonic()
@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> int:
         service.start()
         say(f"ready after {time.monotonic() - began:.0f} s in {folder}")
         results = try_faults(
-            service, [ALL[name] for name in names], seed=options.seed, n=options.n, whole=options.all
+            service, [matrix.ALL[name] for name in names], seed=options.seed, n=options.n, whole=options.all
         )
     finally:
         service.stop()

@@ -86,7 +86,7 @@ class Run:
         """The training worker that holds a running job."""
         [row] = truth.rows(self.service.engine, "SELECT worker, status FROM jobs WHERE id = :job", job=job)
         for name in TRAINING:
-            if str(row.worker).endswith(f"-{self.service.pid_of(name)}"):
+            if self.service.is_named(name, str(row.worker)):
                 return self.service.parts[name]
         raise LookupError(f"{job} is {row.status}, held by {row.worker}")
 

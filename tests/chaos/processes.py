@@ -166,7 +166,7 @@ def run_is_quiet(run: Run, jobs: list[str]) -> bool:
     n_all=1,
 )
 def old_worker(run: Run) -> None:
-    """The training workers run the commit before the newest migration; the schema goes down and up mid-job."""
+    """Training workers of before the newest migration; the schema goes down and up in the middle of a job."""
     old = checkout_before_migration()
     if old is None:
         run.skipped = "no git history with an older migration"

@@ -101,7 +101,7 @@ def try_fault(
         if not run.skipped and importlib.util.find_spec("app.core.fsck"):
             code, said = run_luthier(service, "fsck", "--strict")
             if code != 0:
-                findings.wrong.append(f"fsck: {said[-600:]}")
+                findings.wrong.extend(f"fsck: {line[:300]}" for line in said.splitlines()[:6])
     except Exception as error:
         run.failures.append(f"after the fault: {type(error).__name__}: {error}")
         traceback.print_exc()

@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from contextlib import suppress
 from pathlib import Path
 
 import httpx
+import psutil
 import redis
 from sqlalchemy import make_url
 
@@ -40,6 +42,7 @@ COMMANDS = {
     "inference": ("worker", "--queues", "inference"),
 }
 START_S = 180.0
+VOLUME_BYTES = 400 * 2**20
 HOOKS = Path(__file__).with_name("hooks")
 SETTINGS = {
     "lease_s": LEASE_S,
@@ -48,7 +51,7 @@ SETTINGS = {
     "cancel_poll_s": 0.1,
     "retry_pause_s": 0.2,
     "presence_s": 3.0,
-    "trainer_grace_s": 1.0,
+    "trainer_grace_s": 4.0,
     "step_limit_s": 8.0,
     "first_word_s": 20.0,
     "inference_dtype": "float32",
@@ -72,6 +75,7 @@ class Service:
         self.valkey = Server(
             "valkey", prepare_valkey(folder / "valkey", PASSWORD), folder / "logs" / "valkey.log"
         )
+        self.has_volume = False  # whether the storage is a small volume of its own, which may be filled
         self.database = {name: Proxy(self.postgres.port) for name in COMMANDS}
         self.broker = {name: Proxy(self.valkey.port) for name in COMMANDS}
         self.port = find_free_port()
@@ -84,6 +88,7 @@ class Service:
         """Servers, schema, then everything else; returns once all is ready."""
         if not (self.folder / "models.toml").exists():
             write_catalogue(self.folder)
+        self.has_volume = self.has_volume or mount_volume(self.storage)
         self.start_servers()
         upgrade(self.postgres.url)
         for part in self.parts.values():
@@ -122,6 +127,8 @@ class Service:
             reason = self.why_not_ready()
             if not reason:
                 return
+            for part in self.parts.values():
+                part.start()  # what ended is started again, as a supervisor does
             time.sleep(0.2)
         raise TimeoutError(f"the service is not ready: {reason}")
 
@@ -137,8 +144,12 @@ class Service:
             }
         except (httpx.HTTPError, redis.RedisError) as error:
             return repr(error)
-        missing = [name for name in TRAINING if not any(w.endswith(f"-{self.pid_of(name)}") for w in present)]
+        missing = [name for name in TRAINING if not any(self.is_named(name, worker) for worker in present)]
         return answer.text if answer.status_code != 200 else ", ".join(missing)
+
+    def is_named(self, name: str, worker: str) -> bool:
+        """Whether a worker's own name, host-pid-word, is that of this part."""
+        return f"-{self.pid_of(name)}-" in f"{worker}-"
 
     def pid_of(self, name: str) -> int:
         """Of the product's process, behind whatever stands before it."""
@@ -151,6 +162,11 @@ class Service:
                 if tuple(child.cmdline()[-len(words) :]) == words:
                     return child.pid
         return part.pid
+
+    def trainers(self) -> list[psutil.Process]:
+        """The processes that train, of the training workers."""
+        found = [self.parts[name].trainer() for name in TRAINING]
+        return [trainer for trainer in found if trainer is not None]
 
     def order(self, *orders: dict[str, object]) -> None:
         """What trainers are to do at their steps from now on; none: behave."""
@@ -178,6 +194,8 @@ class Service:
         self.redis.close()
         self.valkey.stop()
         self.postgres.stop()
+        if self.has_volume:
+            subprocess.run(["umount", "-l", str(self.storage)], check=False)
 
     def environment(self, name: str) -> dict[str, str]:
         """Of one process of the product: its own lines to the servers, and the hooks of a trainer."""
@@ -214,8 +232,6 @@ def write_catalogue(folder: Path) -> None:
 
 def run_luthier(service: Service, *words: str, timeout_s: float = 120.0) -> tuple[int, str]:
     """A command of the product against this service; its exit code and what it said."""
-    import subprocess
-
     done = subprocess.run(
         luthier(*words),
         env=service.environment("api"),
@@ -227,6 +243,13 @@ def run_luthier(service: Service, *words: str, timeout_s: float = 120.0) -> tupl
     return done.returncode, (done.stdout + done.stderr).strip()
 
 
-def is_root() -> bool:
-    """Whether mounts and limits of others may be set."""
-    return os.geteuid() == 0 and sys.platform == "linux"
+def mount_volume(folder: Path) -> bool:
+    """A small tmpfs for the storage; False where that is not allowed, and the folder stays as it is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if os.geteuid() != 0 or sys.platform != "linux":
+        return False
+    options = f"size={VOLUME_BYTES},mode=755"
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", options, "chaos", str(folder)], capture_output=True, check=False
+    )
+    return done.returncode == 0

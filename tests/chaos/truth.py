@@ -64,7 +64,7 @@ def claims(service: Service, job: str) -> dict[int, datetime]:
     found = rows(
         service.engine,
         "SELECT attempt, min(created_at) AS at FROM job_events WHERE job_id = :job AND attempt > 0"
-        " AND message LIKE '%started%' GROUP BY attempt",
+        " GROUP BY attempt",
         job=job,
     )
     return {row.attempt: row.at for row in found}

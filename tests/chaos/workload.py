@@ -89,7 +89,13 @@ class Tenant:
         return file_id
 
     def create(
-        self, *, steps: int = 6, file: str | None = None, key: str | None = None, **luthier: Any
+        self,
+        *,
+        steps: int = 6,
+        seed: int = 7,
+        file: str | None = None,
+        key: str | None = None,
+        **luthier: Any,
     ) -> str:
         """A job of about so many steps (12 examples, batches of 4: 3 an epoch)."""
         file = file or self.upload()
