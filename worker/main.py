@@ -7,6 +7,8 @@ imports torch: only its child does.
 from __future__ import annotations
 
 import logging
+import os
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,15 +18,19 @@ from celery import Celery
 from celery.signals import worker_ready, worker_shutdown, worker_shutting_down
 
 from app.core import presence
+from app.core.base_models import find_model_dir
 from app.core.log import configure
-from app.core.queue import Queue, Task, inference_queue
+from app.core.queue import Queue, Task, add_canary_queue, inference_queue
 from app.core.settings import Settings
 from worker.beat import Beat
 from worker.context import Context, make_context
+from worker.hearing import CALL_EVERY_S, LOST_S, Ears
 from worker.threads import wait_briefly
 
 log = logging.getLogger(__name__)
 _LAST_BEAT_S = 2.0  # how long all beats together may take to end
+_LAST_WORDS_S = 5.0  # how long a deaf process may take to end in order
+_DEAF = 69  # exit code, EX_UNAVAILABLE of sysexits.h: messages do not come any more
 
 
 @dataclass(slots=True)
@@ -33,10 +39,12 @@ class Role:
 
     queues: list[str]
     concurrency: int
+    tasks: dict[Task, Callable[..., None]]
     about: Callable[[], dict[str, Any] | None]  # what it says of itself; None: not ready
     beats: list[Beat] = field(default_factory=list)
     on_stopping: Callable[[], None] = lambda: None  # asked to stop, perhaps twice; tasks still run
     on_stopped: Callable[[], None] = lambda: None  # all tasks are done
+    may_end: Callable[[], bool] = lambda: True  # nothing is under way that needs no broker
 
 
 def run(settings: Settings, queue: Queue) -> None:
@@ -44,10 +52,15 @@ def run(settings: Settings, queue: Queue) -> None:
     configure(f"worker.{queue}", level=settings.log_level)
     context = make_context(settings)
     role = _ROLES[queue](context)
-    role.beats.append(_presence_beat(context, queue, role))
-    _connect_signals(context, queue, role)
+    own = add_canary_queue(context.celery, context.worker)
+    ears = Ears(lambda: context.sender.send(Task.CANARY, own), slots=role.concurrency)
+    for name, action in {**role.tasks, Task.CANARY: lambda: None}.items():
+        _register(context.celery, name, action, ears)
+    canary = Beat("canary", lambda: _listen(ears, role), every_s=CALL_EVERY_S)
+    role.beats += [canary, _presence_beat(context, queue, role, ears)]
+    _connect_signals(context, queue, role, canary)
     context.celery.Worker(
-        queues=role.queues,
+        queues=[*role.queues, own],
         pool="threads",
         concurrency=role.concurrency,
         hostname=f"{queue}@{context.worker}",
@@ -63,10 +76,10 @@ def run(settings: Settings, queue: Queue) -> None:
 def _control(context: Context) -> Role:
     from worker import control
 
-    _task(context.celery, Task.VALIDATE_JOB, lambda job_id: control.validate_job(context, job_id))
+    tasks = {Task.VALIDATE_JOB: lambda job_id: control.validate_job(context, job_id)}
     house = Beat("housekeeping", lambda: control.keep_house(context), every_s=context.settings.sweep_s)
     tidy = Beat("tidying", lambda: control.tidy_up(context), every_s=12 * context.settings.sweep_s)
-    return Role([str(Queue.CONTROL)], 2, lambda: {}, [house, tidy])
+    return Role([str(Queue.CONTROL)], 3, tasks, lambda: {}, [house, tidy])
 
 
 def _training(context: Context) -> Role:
@@ -78,15 +91,23 @@ def _training(context: Context) -> Role:
         grace_s=settings.trainer_grace_s, worker=context.worker, memory_bytes=settings.trainer_memory_bytes
     )
     runner = Runner(context, trainer)
-    _task(context.celery, Task.RUN_JOB, lambda _job_id: runner.run_waiting())
+    tasks = {Task.RUN_JOB: lambda _job_id: runner.run_waiting()}
     warm = Beat("trainer", runner.keep_warm, every_s=1.0)
+
+    def about() -> dict[str, Any] | None:
+        entries = context.catalogue.entries.values()
+        here = [entry.name for entry in entries if find_model_dir(entry, context.settings.models_dir)]
+        return {"base_models": here, "busy": runner.is_busy} if trainer.is_ready else None
+
     return Role(
         [str(Queue.TRAINING)],
-        1,
-        lambda: {} if trainer.is_ready else None,
+        2,  # one runs jobs, the other hears meanwhile
+        tasks,
+        about,
         [warm],
         on_stopping=runner.stopping.set,
         on_stopped=trainer.stop,
+        may_end=lambda: not runner.is_busy,
     )
 
 
@@ -96,7 +117,6 @@ def _inference(context: Context) -> Role:
 
     inference = Inference(context)
     inference.preload()
-    _task(context.celery, Task.COMPLETE, inference.complete)
     cancels = Beat("cancels", inference.listen_for_cancels, every_s=1.0)
 
     def about() -> dict[str, Any] | None:
@@ -107,6 +127,7 @@ def _inference(context: Context) -> Role:
     return Role(
         [inference_queue(entry.name) for entry in inference.entries()],
         context.settings.max_requests_in_flight,
+        {Task.COMPLETE: inference.complete},
         about,
         [cancels],
         on_stopping=lambda: inference.stop_soon(drain_s=context.settings.drain_s),
@@ -121,36 +142,52 @@ _ROLES: dict[Queue, Callable[[Context], Role]] = {
 }
 
 
-def _task(celery: Celery, name: Task, action: Callable[..., None]) -> None:
+def _register(celery: Celery, name: Task, action: Callable[..., None], ears: Ears) -> None:
     def guarded(*args: Any) -> None:
-        try:
-            action(*args)
-        except Exception:  # the row or the client's deadline tells the rest; a task has no result
-            log.exception("%s failed", name)
+        with ears.working():
+            try:
+                action(*args)
+            except Exception:  # the row or the client's deadline tells the rest; a task has no result
+                log.exception("%s failed", name)
 
     celery.task(guarded, name=str(name), ignore_result=True)
 
 
-def _presence_beat(context: Context, queue: Queue, role: Role) -> Beat:
+def _listen(ears: Ears, role: Role) -> None:
+    """One canary; ends this process when none has come for so long that only a new one can help."""
+    if ears.silence_s > LOST_S and role.may_end():
+        log.critical("no message has come for %d s though the broker takes them; this process ends", LOST_S)
+        role.on_stopping()
+        last_words = threading.Thread(target=role.on_stopped, name="last-words", daemon=True)
+        last_words.start()
+        last_words.join(_LAST_WORDS_S)
+        os._exit(_DEAF)  # the main thread hangs on the connection that brings nothing
+    ears.call()
+
+
+def _presence_beat(context: Context, queue: Queue, role: Role, ears: Ears) -> Beat:
     ttl_s = context.settings.presence_s
 
     def announce() -> None:
         about = role.about()
         if about is None:
             presence.withdraw(context.redis, kind=queue, worker=context.worker)
+        elif ears.deaf:
+            presence.announce_deaf(context.redis, kind=queue, worker=context.worker, ttl_s=ttl_s)
         else:
             presence.announce(context.redis, kind=queue, worker=context.worker, about=about, ttl_s=ttl_s)
 
     return Beat("presence", announce, every_s=min(1.0, ttl_s / 3))
 
 
-def _connect_signals(context: Context, queue: Queue, role: Role) -> None:
+def _connect_signals(context: Context, queue: Queue, role: Role, canary: Beat) -> None:
     def ready(**_: Any) -> None:
         log.info("ready for %s", ", ".join(role.queues))
         for beat in role.beats:
             beat.start()
 
     def stopping(**_: Any) -> None:
+        canary.stop()  # no message is taken any more
         role.on_stopping()
 
     def stopped(**_: Any) -> None:

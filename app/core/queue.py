@@ -10,6 +10,7 @@ from enum import StrEnum
 from functools import partial
 from typing import Any
 
+import kombu.entity
 from celery import Celery
 from kombu.pools import producers
 from sqlalchemy.orm import Session
@@ -37,6 +38,9 @@ SEND_OPTIONS: dict[str, Any] = SOCKET_OPTIONS | {
 }
 
 
+CANARY_KEPT_S = 60.0  # after its last use
+
+
 class Queue(StrEnum):
     """Queues by the resource they need. Inference has one more for each base model."""
 
@@ -51,6 +55,7 @@ class Task(StrEnum):
     VALIDATE_JOB = "luthier.validate_job"
     RUN_JOB = "luthier.run_job"
     COMPLETE = "luthier.complete"
+    CANARY = "luthier.canary"  # a worker to itself: it still hears
 
 
 _QUEUES = {Task.VALIDATE_JOB: Queue.CONTROL, Task.RUN_JOB: Queue.TRAINING}
@@ -59,6 +64,14 @@ _QUEUES = {Task.VALIDATE_JOB: Queue.CONTROL, Task.RUN_JOB: Queue.TRAINING}
 def inference_queue(base_model: str) -> str:
     """The queue of the workers that hold this base model."""
     return f"{Queue.INFERENCE}.{base_model}"
+
+
+def add_canary_queue(celery: Celery, worker: str) -> str:
+    """Name of the queue of messages that a worker sends to itself; the broker drops it after the worker."""
+    name = f"canary.{worker}"
+    queue = kombu.entity.Queue(name, kombu.entity.Exchange(name), routing_key=name, expires=CANARY_KEPT_S)  # type: ignore[no-untyped-call]
+    celery.amqp.queues.add(queue)
+    return name
 
 
 def make_celery(settings: Settings) -> Celery:

@@ -58,7 +58,7 @@ class Settings(BaseSettings):
     # Chat
     first_word_s: float = Field(default=60.0, gt=0)  # no word by then: 503
     word_gap_s: float = Field(default=120.0, gt=0)  # silence in the middle of an answer that ends it
-    presence_s: float = Field(default=10.0, gt=0)  # a worker not heard of for so long counts as gone
+    presence_s: float = Field(default=6.0, gt=0)  # a worker not heard of for so long counts as gone
     drain_s: float = Field(default=5.0, ge=0)  # how long answers may run on in a worker told to stop
     max_batch: int = Field(default=16, ge=1)  # sequences decoded together by one engine
     max_tokens_in_flight: int = Field(default=16_384, ge=256)  # tokens of all running sequences of a model

@@ -15,7 +15,7 @@ from app.api.context import Context
 from app.api.dependencies import ContextDep
 from app.core.ids import random_name
 from app.core.migrate import is_current
-from app.core.presence import list_present
+from app.core.presence import describe
 
 router = APIRouter(tags=["health"])
 CHECK_S = 3.0  # a part that has not answered by then is not ready
@@ -39,7 +39,7 @@ async def readyz(context: ContextDep) -> JSONResponse:
     }
     results = await asyncio.gather(*(_within(check, context) for check in checks.values()))
     parts = dict(zip(checks, results, strict=True))
-    ready = all(result == "ok" for result in results)
+    ready = all(result.startswith("ok") for result in results)
     body = {"status": "ready" if ready else "not_ready", "parts": parts}
     return JSONResponse(body, status_code=200 if ready else 503)
 
@@ -73,10 +73,10 @@ def _storage(context: Context) -> str:
 
 
 class _Workers:
-    """Whether some worker of a kind says that it lives."""
+    """Whether some worker of a kind says that it lives and hears."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
 
     def __call__(self, context: Context) -> str:
-        return "ok" if list_present(context.redis, kind=self.kind) else "no worker"
+        return describe(context.redis, kind=self.kind)
