@@ -19,9 +19,11 @@ class Proxy:
         self.target_port = target_port
         self.refusing = False  # new connections are closed at once
         self.mute = threading.Event()  # replies of the server are dropped; requests still reach it
+        self.mute_after: bytes | None = None  # replies are dropped on lines whose requests hold these bytes
         self.cut_at: bytes | None = None  # the reply to a request with these bytes is lost, and the line cut
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=200)
         self.port: int = self._listener.getsockname()[1]
+        self._muted: set[socket.socket] = set()
         self._lines: set[tuple[socket.socket, socket.socket]] = set()
         self._lock = threading.Lock()
         threading.Thread(target=self._accept, daemon=True).start()
@@ -73,6 +75,8 @@ class Proxy:
                     self.cut_at = None
                     self._lose_the_answer(client, server, data)
                     return
+                if self.mute_after is not None and self.mute_after in data:
+                    self._muted.add(server)
                 server.sendall(data)
         self._end(client, server)
 
@@ -94,13 +98,14 @@ class Proxy:
                 if getattr(self, "_deaf", None) is server:
                     self.lost.set()
                     return
-                if not self.mute.is_set():
+                if not self.mute.is_set() and server not in self._muted:
                     client.sendall(data)
         self._end(client, server)
 
     def _end(self, client: socket.socket, server: socket.socket) -> None:
         with self._lock:
             self._lines.discard((client, server))
+        self._muted.discard(server)
         for end in (client, server):
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from app.core import presence
 from app.core.base_models import BaseModelEntry, find_model_dir
 from app.core.completions import CompletionRequest, Failed, Finished, Word
+from app.core.manifest import MANIFEST
 from app.core.queue import Queue
 from app.core.token_stream import CANCELS, WordPost, WordWriter
 from worker.context import Context
@@ -31,6 +32,8 @@ from worker.serving.sequence import Emit
 log = logging.getLogger(__name__)
 _LONGEST_WAIT_S = 3600.0  # a request held longer than this is a bug; its thread must come free
 _LAST_WORDS_S = 5.0  # how long words may take to leave a process that ends
+_HUNG_S = 30.0  # an engine that made no step for so long is announced no more; a long prompt takes less
+_LOST_S = 300.0  # and for so long: it never will again
 _BROKEN = 70  # exit code, EX_SOFTWARE of sysexits.h: an engine has died
 _DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 _REMEMBERED = 1000  # cancelled ids: a cancel may overtake its request, which still waits in the queue
@@ -64,13 +67,14 @@ class Inference:
         return [entry for entry in entries if not asked or entry.name in asked]
 
     def available(self) -> list[str]:
-        """Names of base models that can answer now: weights here, engine alive or not started yet."""
+        """Names of base models that can answer now: weights here, engine at work or not started yet."""
         names: list[str] = []
         if self._stopping.is_set():
             return names
         for entry in self.entries():
             engine = self._engines.get(entry.name)
-            if self._folder(entry) is not None and (engine is None or engine.alive):
+            works = engine is None or (engine.alive and engine.stats().seconds_since_turn < _HUNG_S)
+            if works and self._folder(entry) is not None:
                 names.append(entry.name)
         return names
 
@@ -114,11 +118,11 @@ class Inference:
                     self._cancel(message["data"].decode("utf-8", "replace"))
 
     def end_if_broken(self) -> None:
-        """End this process when an engine has died, as a CUDA error never leaves a process.
+        """End this process when an engine has died or hangs for good: a CUDA error never leaves a process.
 
         Whoever started this one starts another. What runs on other engines hears that it was stopped.
         """
-        names = self._engines.dead()
+        names = self._engines.dead(silent_s=_LOST_S)
         if not names:
             return
         log.critical("engine of %s is dead; this process ends", ", ".join(names))
@@ -185,6 +189,8 @@ class Inference:
             folder = self._context.storage.path(request.tuned.path)
         except ValueError:  # what came by Redis must not choose folders
             raise ModelUnavailable("its place in storage is not known") from None
+        if not (folder / MANIFEST).exists():  # also when a copy is in memory: what is deleted answers no more
+            raise ModelUnavailable("its files are missing or damaged")
         tuned = request.tuned.model_copy(update={"path": str(folder)})
         return request.model_copy(update={"tuned": tuned})
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated
 
+from anyio import to_thread
 from fastapi import Depends, Request
 from sqlalchemy.orm import Session
 
@@ -17,7 +18,9 @@ from app.core.keys import Caller, authenticate
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/openapi.json"})
 
 
-def get_context(request: Request) -> Context:
+# What only looks something up is `async`: FastAPI would send a plain function to a thread, and when all
+# threads wait for a database that hangs, not even /healthz would answer.
+async def get_context(request: Request) -> Context:
     """The context of this process."""
     context = request.app.state.context
     assert isinstance(context, Context)
@@ -27,7 +30,7 @@ def get_context(request: Request) -> Context:
 ContextDep = Annotated[Context, Depends(get_context)]
 
 
-def require_key(request: Request, context: ContextDep) -> None:
+async def require_key(request: Request, context: ContextDep) -> None:
     """Refuse whoever brings no valid key. Uses a session of its own, closed before the work starts."""
     if request.scope["route"].path in OPEN_PATHS:
         return
@@ -36,11 +39,15 @@ def require_key(request: Request, context: ContextDep) -> None:
         raise InvalidKey(
             "You didn't provide an API key. Send it in the header 'Authorization: Bearer YOUR_KEY'."
         )
+    request.state.caller = await to_thread.run_sync(_authenticate, context, secret.strip())
+
+
+def _authenticate(context: Context, secret: str) -> Caller:
     with context.sessions() as session:
-        request.state.caller = authenticate(session, secret.strip())
+        return authenticate(session, secret)
 
 
-def get_caller(request: Request) -> Caller:
+async def get_caller(request: Request) -> Caller:
     """Whose request this is, as `require_key` found."""
     caller = request.state.caller
     assert isinstance(caller, Caller)

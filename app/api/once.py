@@ -60,7 +60,7 @@ def _response(text: str, *, status: int = 200, headers: dict[str, str] | None = 
     return Response(text, status_code=status, media_type="application/json", headers=headers)
 
 
-def _get_once(request: Request, caller: CallerDep) -> Once:
+async def _get_once(request: Request, caller: CallerDep) -> Once:
     return Once(request, project_id=caller.project_id)
 
 

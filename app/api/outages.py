@@ -37,7 +37,10 @@ _STATES = frozenset(
 _BUSY = frozenset({"40001", "40P01", "55P03", "57014"})  # somebody else was at it: soon over
 _DISK_FULL = "53100"
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
-_DISK = frozenset({errno.EIO, errno.EROFS, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.ENOTCONN})
+_DISK = frozenset(
+    {errno.EIO, errno.EROFS, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.ENOTCONN}
+    | {errno.ENOENT, errno.EACCES, errno.EPERM}  # a disk that is not mounted, or not as it should be
+)
 _MACHINE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENOBUFS})
 
 

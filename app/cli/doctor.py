@@ -78,10 +78,10 @@ def check_database(settings: Settings) -> Iterator[Finding]:
 
 
 def check_broker(settings: Settings) -> Iterator[Finding]:
-    """Reachable, and which workers it has heard of."""
+    """Reachable and taking messages, and how the workers are that it has heard of."""
     import redis
 
-    from app.core.presence import list_present
+    from app.core.presence import count_deaf, list_present
     from app.core.queue import Queue
     from app.core.redis_client import make_redis
 
@@ -91,7 +91,11 @@ def check_broker(settings: Settings) -> Iterator[Finding]:
     client = make_redis(settings.redis_url)
     try:
         about = client.info("server")
-        counts = {str(queue): len(list_present(client, kind=queue)) for queue in Queue}
+        counts = {
+            str(queue): (len(list_present(client, kind=queue)), count_deaf(client, kind=queue))
+            for queue in Queue
+        }
+        client.set("luthier:doctor", "1", px=1000)  # a broker that is full, or a replica, takes no messages
     except redis.RedisError as error:
         yield Finding("broker", str(error), "start it, or correct LUTHIER_REDIS_URL")
         return
@@ -99,9 +103,16 @@ def check_broker(settings: Settings) -> Iterator[Finding]:
         client.close()
     name = "Valkey" if "valkey_version" in about else "Redis"
     yield Finding("broker", f"{name} {about.get('valkey_version', about.get('redis_version'))}")
-    for queue, count in counts.items():
-        cure = None if count else f"start one: luthier worker --queues {queue}"
-        yield Finding("workers", f"{count} {queue}", cure, fatal=False)
+    for queue, (present, deaf) in counts.items():
+        yield _workers(queue, present, deaf)
+
+
+def _workers(queue: str, present: int, deaf: int) -> Finding:
+    if deaf:
+        says = f"{present} {queue}, and {deaf} that live but get no messages"
+        return Finding("workers", says, "they end themselves within a minute; if not, start them again")
+    cure = None if present else f"start one: luthier worker --queues {queue}"
+    return Finding("workers", f"{present} {queue}", cure, fatal=False)
 
 
 def check_storage(settings: Settings) -> Iterator[Finding]:

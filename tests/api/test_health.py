@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
+from typing import Any
 
 import httpx
 import redis
 
-from app.core.presence import announce, withdraw
+from app.core.presence import announce, announce_deaf, withdraw
 from app.core.redis_client import make_redis
 from app.core.settings import Settings
+from tests.api.conftest import Tenant
+from tests.api.expecting import assert_refused
 from tests.api.servers import api_server
 
 KINDS = ("control", "training", "inference")
@@ -47,6 +51,23 @@ def test_a_worker_that_is_silent_is_soon_missed(stranger: httpx.Client, redis_ur
             time.sleep(0.05)
 
 
+def test_workers_that_live_but_hear_nothing_are_told_apart(stranger: httpx.Client, redis_url: str) -> None:
+    with make_redis(redis_url) as client:
+        for kind in KINDS:
+            announce(client, kind=kind, worker="w1", about={}, ttl_s=30)
+        announce_deaf(client, kind="training", worker="w2", ttl_s=30)
+        answer = stranger.get("/readyz")
+        assert (answer.status_code, parts(answer)["training"]) == (200, "ok, deaf: 1 of 2")
+        announce_deaf(client, kind="training", worker="w1", ttl_s=30)
+        answer = stranger.get("/readyz")
+        assert (answer.status_code, parts(answer)["training"]) == (503, "deaf: 2 of 2")
+        announce(client, kind="training", worker="w1", about={}, ttl_s=30)  # it hears again
+        withdraw(client, kind="training", worker="w2")
+        assert parts(stranger.get("/readyz"))["training"] == "ok"
+        for kind in KINDS:
+            withdraw(client, kind=kind, worker="w1")
+
+
 def test_without_database_and_broker_readiness_says_so_and_liveness_stays(settings: Settings) -> None:
     secrets = {
         "database_url": "postgresql+psycopg://a:geheim@127.0.0.1:1/c",
@@ -70,6 +91,23 @@ def test_a_storage_that_cannot_be_written_is_not_ready(settings: Settings, tmp_p
         assert parts(client.get("/readyz"))["storage"] == "ok"
         (other.storage_dir / "tmp").rmdir()
         assert parts(client.get("/readyz"))["storage"] == "not writable"
+
+
+def test_files_on_a_disk_that_is_gone_are_not_said_to_be_gone(
+    tenant: Tenant, settings: Settings, tmp_path: Path
+) -> None:
+    other = settings.model_copy(update={"data_dir": tmp_path})
+    with (
+        api_server(other) as url,
+        httpx.Client(base_url=url, headers=tenant.http.headers, timeout=30) as client,
+    ):
+        form: dict[str, Any] = {"files": {"file": ("a", b"x")}, "data": {"purpose": "fine-tune"}}
+        file = client.post("/v1/files", **form).json()
+        other.storage_dir.rename(tmp_path / "unmounted")
+        for answer in (client.get(f"/v1/files/{file['id']}/content"), client.post("/v1/files", **form)):
+            assert_refused(answer, 503, code="service_unavailable", says="storage")
+        (tmp_path / "unmounted").rename(other.storage_dir)
+        assert client.get(f"/v1/files/{file['id']}/content").content == b"x"
 
 
 def test_the_page_of_the_api_loads_nothing_from_elsewhere(stranger: httpx.Client) -> None:

@@ -13,6 +13,8 @@ import psutil
 import pytest
 
 from app.cli.process_commands import child_environment
+from app.core.presence import announce, announce_deaf, withdraw
+from app.core.redis_client import make_redis
 
 ROOT = Path(__file__).parents[2]
 
@@ -153,6 +155,23 @@ def test_doctor_finds_all_well_where_all_is_well(database_url: str, redis_url: s
     assert any(line.startswith("ok   broker      Valkey 9") for line in lines)
     assert any("run luthier models pull smollm2-135m-instruct" in line for line in lines)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_doctor_names_workers_that_hear_nothing(database_url: str, redis_url: str, tmp_path: Path) -> None:
+    with make_redis(redis_url) as client:
+        announce(client, kind="training", worker="w1", about={}, ttl_s=60)
+        announce_deaf(client, kind="training", worker="w2", ttl_s=60)
+        done = luthier(
+            "doctor",
+            "--data-dir",
+            str(tmp_path),
+            LUTHIER_DATABASE_URL=database_url,
+            LUTHIER_REDIS_URL=redis_url,
+        )
+        for name in ("w1", "w2"):
+            withdraw(client, kind="training", worker=name)
+    assert done.returncode == 1, done.stdout
+    assert "FAIL workers     1 training, and 1 that live but get no messages" in done.stdout
 
 
 def test_doctor_says_what_to_do_and_fails_where_something_is_missing(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from app.core.completions import CompletionRequest, Sampling, TunedWeights, WeightsKind
+from app.core.manifest import write_manifest
 from tests.serving.listener import Listener
 from tests.tiny import build_tiny_model
 from worker.base_model import load_base_model
@@ -42,7 +43,9 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_model(tmp_path_factory.mktemp("tiny"))
+    folder = build_tiny_model(tmp_path_factory.mktemp("tiny"))
+    write_manifest(folder)  # so that it can also stand for a whole tuned model
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -62,6 +65,7 @@ def make_adapter(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Ca
                     parameter.normal_(std=0.25, generator=generator)
         with quiet_peft():
             model.save_pretrained(folder)
+        write_manifest(folder)
         return TunedWeights(id=id, kind=WeightsKind.LORA, path=str(folder))
 
     return make

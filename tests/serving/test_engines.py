@@ -71,12 +71,12 @@ def test_stopping_does_not_wait_for_a_model_that_loads_and_it_never_starts(engin
 
 def test_an_engine_that_died_is_named_and_one_that_was_stopped_is_not(engines, make_request, ask):
     engine = engines.open("quick")
-    assert engines.dead() == []
+    assert engines.dead(silent_s=60) == []
     break_decoding(engine)
     for _ in range(3):
         ask(engine, make_request()).wait()
     until(lambda: not engine.alive)
-    assert engines.dead() == ["quick"]
+    assert engines.dead(silent_s=60) == ["quick"]
     assert engines.open("quick") is engine  # not replaced: the process has to end
     engines.stop()
-    assert engines.dead() == []
+    assert engines.dead(silent_s=60) == []

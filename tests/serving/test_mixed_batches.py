@@ -10,6 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from app.core.completions import CompletionRequest, TunedWeights
+from app.core.manifest import write_manifest
 from tests.serving.conftest import CPU, quiet_peft
 from tests.serving.listener import until
 from worker.base_model import load_base_model, load_tokenizer
@@ -174,6 +175,7 @@ def test_a_broken_neighbour_changes_nothing_for_the_others(tiny_dir, make_reques
     broken = make_adapter("ft:broken", seed=9)
     weights = Path(broken.path) / "adapter_model.safetensors"
     save_file({key: torch.full_like(t, torch.nan) for key, t in load_file(weights).items()}, weights)
+    write_manifest(Path(broken.path))
     group, intake = make_group(tiny_dir, max_batch=2)
     # The second is shorter than the first, so part of its reused row stays masked.
     first, second = make_request(TEXTS[1], max_tokens=40), make_request("Hello", max_tokens=20)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from app.core.completions import TunedWeights, WeightsKind
+from app.core.manifest import MANIFEST, write_manifest
 from tests.serving.listener import until
 
 WEIGHTS = "adapter_model.safetensors"
@@ -22,8 +23,18 @@ def copy(tuned: TunedWeights, target: Path, id: str) -> TunedWeights:
 
 
 def rewrite(tuned: TunedWeights, change) -> None:
+    """Weights that are whole, but not what they should be."""
     path = Path(tuned.path) / WEIGHTS
     save_file(change(load_file(path)), path)
+    write_manifest(Path(tuned.path))
+
+
+def flip(tuned: TunedWeights, name: str) -> None:
+    """One bit of a file is not what it was."""
+    path = Path(tuned.path) / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
 
 
 def break_next_step(engine, times: int = 1):
@@ -56,6 +67,10 @@ DAMAGES = {
         (Path(tuned.path) / WEIGHTS).read_bytes()[:99]
     ),
     "no configuration": lambda tuned: (Path(tuned.path) / "adapter_config.json").unlink(),
+    "a bit of the weights": lambda tuned: flip(tuned, WEIGHTS),
+    "a bit of the configuration": lambda tuned: flip(tuned, "adapter_config.json"),
+    "a bit of the manifest": lambda tuned: flip(tuned, MANIFEST),
+    "no manifest": lambda tuned: (Path(tuned.path) / MANIFEST).unlink(),
     "wrong shapes": lambda tuned: rewrite(
         tuned, lambda ts: {k: t[:, :1].contiguous() for k, t in ts.items()}
     ),
@@ -106,6 +121,7 @@ def test_pickled_weights_are_never_read(make_engine, make_request, ask, adapters
     pickled = copy(adapters[0], tmp_path / "pickled", "ft:pickled")
     torch.save(load_file(Path(pickled.path) / WEIGHTS), Path(pickled.path) / "adapter_model.bin")
     (Path(pickled.path) / WEIGHTS).unlink()
+    write_manifest(Path(pickled.path))
     assert ask(make_engine(), make_request(tuned=pickled)).wait().failed.code == "model_unavailable"
 
 
@@ -159,13 +175,12 @@ def test_a_whole_model_answers_beside_the_base_and_leaves_for_another(
 ):
     from tests.tiny import build_tiny_model
 
+    folders = [build_tiny_model(tmp_path / str(seed), seed=seed) for seed in (5, 6)]
+    for folder in folders:
+        write_manifest(folder)
     first, second = (
-        TunedWeights(
-            id=f"ft:full:{seed}",
-            kind=WeightsKind.FULL,
-            path=str(build_tiny_model(tmp_path / str(seed), seed=seed)),
-        )
-        for seed in (5, 6)
+        TunedWeights(id=f"ft:full:{folder.name}", kind=WeightsKind.FULL, path=str(folder))
+        for folder in folders
     )
     engine = make_engine(max_full_models=1)
     sampling = {"temperature": 1.0, "seed": 1, "max_tokens": 20}
@@ -198,6 +213,18 @@ def test_a_whole_model_nobody_waits_for_any_more_leaves_its_place(
     until(lambda: engine.stats().loading == 0)
     may_read.set()
     assert ask(engine, make_request(tuned=wanted, max_tokens=3)).wait().finished
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", MANIFEST])
+def test_a_whole_model_with_one_bit_changed_is_never_served(
+    make_engine, make_request, ask, tmp_path, tiny_dir, name
+):
+    shutil.copytree(tiny_dir, tmp_path / "whole")
+    whole = TunedWeights(id="ft:whole", kind=WeightsKind.FULL, path=str(tmp_path / "whole"))
+    flip(whole, name)
+    engine = make_engine()
+    assert ask(engine, make_request(tuned=whole)).wait().failed.code == "model_unavailable"
+    assert ask(engine, make_request(max_tokens=2)).wait().finished
 
 
 def test_all_who_wait_for_an_unreadable_model_hear_of_it(make_engine, make_request, ask, tmp_path):

@@ -26,6 +26,7 @@ from app.core.completions import (
     WeightsKind,
     Word,
 )
+from app.core.manifest import write_manifest
 from app.core.queue import Sender, Task, inference_queue, make_celery
 from app.core.redis_client import make_redis
 from app.core.settings import Settings
@@ -52,6 +53,22 @@ def fail(*_):
         raise RuntimeError("device-side assert")
 
 register_module_forward_pre_hook(fail)
+"""
+
+
+# A device that hangs while a file is there, and a worker whose patience fits a test.
+HANGABLE = """
+import os, time
+from torch.nn.modules.module import register_module_forward_pre_hook
+import worker.inference
+
+worker.inference._HUNG_S, worker.inference._LOST_S = 1.0, 6.0
+
+def hang(*_):
+    while os.path.exists(os.environ["HANGS_IF"]):
+        time.sleep(0.05)
+
+register_module_forward_pre_hook(hang)
 """
 
 
@@ -158,9 +175,19 @@ def test_requests_at_the_same_time_are_all_answered(client: Client) -> None:
 def test_weights_in_storage_are_found_below_the_workers_own_folder(
     client: Client, storage: Storage, models_file: Path
 ) -> None:
-    shutil.copytree(models_file.parent / "tiny", storage.path("weights/whole"))
-    client.ask("whole", tuned=TunedWeights(id="whole", kind=WeightsKind.FULL, path="weights/whole"))
+    folder = storage.path("weights/whole")
+    shutil.copytree(models_file.parent / "tiny", folder)
+    write_manifest(folder)
+    tuned = TunedWeights(id="whole", kind=WeightsKind.FULL, path="weights/whole")
+    client.ask("whole", tuned=tuned)
     assert isinstance(client.answer("whole")[-1], Finished)
+    shutil.rmtree(folder)
+    client.ask("removed", tuned=tuned)  # though it is still in memory
+    [failed] = client.answer("removed")
+    assert isinstance(failed, Failed)
+    assert failed.code == "model_unavailable"
+    client.ask("others go on")
+    assert isinstance(client.answer("others go on")[-1], Finished)
 
 
 @pytest.mark.parametrize("path", ["weights/none", "/etc", "weights/../../x", "../weights/x", ""])
@@ -247,6 +274,27 @@ def test_a_process_whose_engine_died_tells_everybody_and_ends_with_an_error(
             assert [word.code for word in client.answer(f"hit{number}")] == ["engine_error"]  # type: ignore[union-attr]
         assert worker.wait(timeout=30) == 70
         assert {"base_models": ["other"]} not in present(client)
+    finally:
+        worker.kill()
+        worker.wait()
+
+
+def test_an_engine_that_hangs_is_announced_no_more_and_in_the_end_its_process_ends(
+    client: Client, start_worker: Callable[..., subprocess.Popen[bytes]], tmp_path: Path
+) -> None:
+    hangs = tmp_path / "hangs"
+    worker = start_worker(HANGABLE, HANGS_IF=str(hangs), LUTHIER_MODELS_FILE=str(other_names(tmp_path)))
+    try:
+        wait_for(lambda: {"base_models": ["other"]} in present(client), timeout_s=120)
+        hangs.touch()
+        client.ask("hung", base_model="other")
+        wait_for(lambda: {"base_models": ["other"]} not in present(client), timeout_s=10)
+        hangs.unlink()
+        assert isinstance(client.answer("hung")[-1], Finished)
+        wait_for(lambda: {"base_models": ["other"]} in present(client), timeout_s=10)
+        hangs.touch()
+        client.ask("hung again", base_model="other")
+        assert worker.wait(timeout=30) == 70
     finally:
         worker.kill()
         worker.wait()

@@ -17,6 +17,7 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from torch import Tensor
 
+from app.core.manifest import DamagedError, verify
 from worker.serving.lora import Factors, bucket_of
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -63,10 +64,11 @@ def weights_size_bytes(folder: Path) -> int:
 def read_adapter(folder: Path, *, sizes: dict[str, tuple[int, int]], like: Tensor) -> Adapter:
     """The adapter of a PEFT folder, on the device and in the number type of `like`.
 
-    sizes: inputs and outputs of every linear layer of the model. Raises ModelUnavailable for what is not
-    readable, does not fit, or is not plain LoRA: biases, whole modules and LoRA's variants change rows that
-    did not ask for them, or cannot be mixed in one batch.
+    sizes: inputs and outputs of every linear layer of the model. Raises ModelUnavailable for what is not as
+    it was written, does not fit, or is not plain LoRA: biases, whole modules and LoRA's variants change rows
+    that did not ask for them, or cannot be mixed in one batch.
     """
+    check_whole(folder)
     try:
         config = PeftConfig.from_pretrained(str(folder), local_files_only=True)
         tensors = load_file(folder / WEIGHTS_FILE, device="cpu")
@@ -83,6 +85,15 @@ def read_adapter(folder: Path, *, sizes: dict[str, tuple[int, int]], like: Tenso
     rank = max(each.down.shape[1] for each in factors.values())
     size_bytes = sum(t.numel() * t.element_size() for each in factors.values() for t in each)
     return Adapter(factors, bucket_of(rank), size_bytes)
+
+
+def check_whole(folder: Path) -> None:
+    """Raise ModelUnavailable unless every byte of the weights is what their trainer wrote."""
+    try:
+        verify(folder)
+    except DamagedError as error:
+        _log.error("weights in %s are refused: %s", folder, error)
+        raise ModelUnavailable("its files are missing or damaged") from error
 
 
 def _factors(

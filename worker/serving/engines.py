@@ -45,12 +45,16 @@ class Engines:
                 self._start(name)
             return self._running[name]
 
-    def dead(self) -> list[str]:
-        """Names of engines that ended without being told to."""
+    def dead(self, *, silent_s: float) -> list[str]:
+        """Names of engines that ended without being told to, or made no step for so long."""
         with self._lock:
             if self._stopped:
                 return []
-            return [name for name, engine in self._running.items() if not engine.alive]
+            return [
+                name
+                for name, engine in self._running.items()
+                if not engine.alive or engine.stats().seconds_since_turn > silent_s
+            ]
 
     def stop(self) -> None:
         """End all engines. A model that is being loaded is not waited for: it never starts."""

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from app.core.completions import TunedWeights, WeightsKind
-from worker.serving.adapter_files import ModelUnavailable
+from worker.serving.adapter_files import ModelUnavailable, check_whole
 from worker.serving.batch import ModelGroup
 
 LoadGroup = Callable[[Path], ModelGroup]
@@ -80,8 +80,7 @@ class ModelSet:
 
     def _read(self, folder: Path) -> ModelGroup:
         try:
-            if not any(folder.glob("*.safetensors")):
-                raise ModelUnavailable("its files are missing")
+            check_whole(folder)
             return self._load(folder)
         except ModelUnavailable:
             raise

@@ -100,7 +100,9 @@ def retrieve_file_content(
     row = files.get_file(session, project_id=caller.project_id, file_id=file_id)
     try:
         file = context.storage.open(row.storage_key)
-    except FileNotFoundError:  # deleted since the row was read
+    except FileNotFoundError:  # deleted since the row was read, unless the disk itself is not there
+        if not context.storage.path(row.storage_key).parent.exists():
+            raise
         raise NotFound(f"No such File object: {row.id}", param="id") from None
     headers = {
         "content-length": str(row.size_bytes),
