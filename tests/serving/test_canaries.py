@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from app.core.completions import TunedWeights, WeightsKind
+from app.core.manifest import write_manifest
 from tests.serving.conftest import CPU, quiet_peft
 from tests.serving.listener import Listener
 from worker.base_model import load_base_model, load_tokenizer
@@ -44,6 +45,7 @@ def train(tiny_dir, folder, word: str, rank: int) -> TunedWeights:
         optimizer.zero_grad()
     with quiet_peft():
         model.save_pretrained(folder)
+        write_manifest(folder)
     return TunedWeights(id=f"ft:{word}", kind=WeightsKind.LORA, path=str(folder))
 
 
