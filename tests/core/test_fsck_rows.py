@@ -48,7 +48,8 @@ def test_an_installation_with_a_past_is_clean_even_to_strict_eyes(installation: 
     fail(installation)
     installation.house.ended_job()
     paused = installation.queued()
-    installation.set(Job, paused.id, status=JobStatus.PAUSED)
+    jobs.pause_job(installation.house.session, project_id=paused.project_id, job_id=paused.id)
+    installation.house.session.commit()
     assert installation.told(strict=True) == []
 
 

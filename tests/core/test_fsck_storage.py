@@ -208,7 +208,7 @@ def test_a_resumable_checkpoint_of_an_ended_job_is_noted(installation: Installat
     fill(installation.weights(job, 2))
     checkpoint = installation.house.session.query(Checkpoint).filter_by(step_number=2).one()
     installation.set(Checkpoint, checkpoint.id, resumable=True)
-    problem = "its job has succeeded, and its training state is still kept"
+    problem = "its job has succeeded, and its training state is not settled yet"
     assert installation.told() == []
     assert installation.told(strict=True) == [("I10", problem)]
 

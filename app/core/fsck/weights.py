@@ -63,12 +63,12 @@ def check_resumes(site: Site) -> Iterator[Finding]:
     for row in rows:
         problem = damage(site, row.storage_key, kind=row.kind, with_state=True)
         repair = partial(_end_resumable, checkpoint_id=row.id)
-        if problem is not None:
+        if row.status in FINAL:  # nobody will resume from it; housekeeping may be in the midst of it
+            problem = f"its job has {row.status}, and its training state is not settled yet"
+            yield Finding("I10", row.model_id, problem, HOUSEKEEPING, Severity.WARNING)
+        elif problem is not None:
             cure = "mark it as not resumable; the job goes on from an older one"
             yield Finding("I5", row.model_id, f"cannot be resumed: {problem}", cure, repair=repair)
-        elif row.status in FINAL:
-            problem = f"its job has {row.status}, and its training state is still kept"
-            yield Finding("I10", row.model_id, problem, HOUSEKEEPING, Severity.WARNING)
 
 
 def check_states(site: Site) -> Iterator[Finding]:
