@@ -7,6 +7,7 @@ All moments of a lease are the database's.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -21,6 +22,8 @@ from app.core.failures import CURES, FailureCode, most_deaths
 from app.core.status import JobStatus
 from app.core.tables import Job
 from app.core.vocabulary import EventLevel
+
+_FOLDER = re.compile(r"(?P<job>ftjob-[A-Za-z0-9]+)-(?P<attempt>[0-9]+)(-[0-9]+)?")
 
 
 class AttemptLost(Exception):
@@ -38,6 +41,12 @@ class Attempt:
     def folder_key(self) -> str:
         """Storage key of the only folder the attempt may write to."""
         return f"attempts/{self.job_id}-{self.number}"
+
+    @classmethod
+    def of_folder(cls, name: str) -> Attempt | None:
+        """Whose a folder in storage is, by its name `{job}-{attempt}[-{step}]`; None: nobody's."""
+        found = _FOLDER.fullmatch(name)
+        return None if found is None else cls(found["job"], int(found["attempt"]))
 
 
 def claim_job(

@@ -6,18 +6,15 @@ it writes there. A file is removed after an age that no upload reaches.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Container, Iterable
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from app.core.attempts import Attempt
 from app.core.status import JobStatus
 from app.core.storage import Storage
 from app.core.tables import File, Job, TunedModel
-
-_ATTEMPT = re.compile(r"(?P<job>.+)-(?P<attempt>\d+)")
-_WEIGHTS = re.compile(r"(?P<job>.+)-(?P<attempt>\d+)-(?P<step>\d+)")
 
 
 def drop(session: Session, storage: Storage, *, age_s: float) -> int:
@@ -33,26 +30,19 @@ def find(session: Session, storage: Storage, *, age_s: float) -> list[str]:
     """
     listed = {place: storage.names(place) for place in ("attempts", "weights", "files")}
     running = select(Job.id, Job.attempt).where(Job.status == JobStatus.RUNNING)
-    alive = {(row.id, row.attempt) for row in session.execute(running)}
+    alive = {Attempt(row.id, row.attempt) for row in session.execute(running)}
     named = set(session.scalars(select(TunedModel.storage_key).where(TunedModel.purged_at.is_(None))))
-    weights = _ended("weights", _WEIGHTS, listed["weights"], alive)
     return [
-        *_ended("attempts", _ATTEMPT, listed["attempts"], alive),
-        *(key for key in weights if key not in named),
+        *_ended("attempts", listed["attempts"], alive),
+        *(key for key in _ended("weights", listed["weights"], alive) if key not in named),
         *(key for key in _unnamed_files(session, listed["files"]) if storage.age_s(key) > age_s),
     ]
 
 
-def _ended(
-    place: str, pattern: re.Pattern[str], names: Iterable[str], alive: Container[tuple[str, int]]
-) -> list[str]:
+def _ended(place: str, names: Iterable[str], alive: Container[Attempt]) -> list[str]:
     """Keys that belong to an attempt which is over."""
-    parts = [(name, pattern.fullmatch(name)) for name in names]
-    return [
-        f"{place}/{name}"
-        for name, part in parts
-        if part is not None and (part["job"], int(part["attempt"])) not in alive
-    ]
+    attempts = [(name, Attempt.of_folder(name)) for name in names]
+    return [f"{place}/{name}" for name, attempt in attempts if attempt is not None and attempt not in alive]
 
 
 def _unnamed_files(session: Session, names: Iterable[str]) -> list[str]:

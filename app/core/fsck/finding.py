@@ -13,7 +13,6 @@ from pathlib import Path
 from sqlalchemy import text
 from sqlalchemy.orm import Session, sessionmaker
 
-from app.core.attempts import Attempt
 from app.core.settings import Settings
 from app.core.storage import Storage
 
@@ -77,15 +76,6 @@ def age_s(path: Path, now: float) -> float:
         status = path.lstat()
         return now - max(status.st_mtime, status.st_ctime)
     return 0.0
-
-
-def attempt_of(name: str) -> Attempt | None:
-    """The attempt a folder of `attempts/` or `weights/` is named after: `{job}-{attempt}[-{step}]`."""
-    kind, _, rest = name.partition("-")
-    job, *numbers = rest.split("-")
-    if kind != "ftjob" or len(numbers) not in (1, 2) or not all(number.isdecimal() for number in numbers):
-        return None
-    return Attempt(f"{kind}-{job}", int(numbers[0]))
 
 
 def names_in(folder: Path) -> list[str]:

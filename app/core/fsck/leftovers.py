@@ -24,7 +24,6 @@ from app.core.fsck.finding import (
     Severity,
     Site,
     age_s,
-    attempt_of,
     names_in,
     remove,
 )
@@ -44,7 +43,7 @@ def check_weights(site: Site) -> Iterator[Finding]:
         key = f"weights/{name}"
         if key in needed:
             continue
-        attempt = attempt_of(name)
+        attempt = Attempt.of_folder(name)
         young = age_s(site.storage.root / key, now) < site.orphan_age_s
         busy = young if attempt is None else attempt in running
         yield orphan(site, key, old=not busy, repair=partial(_drop_weights, site=site, key=key))
@@ -57,7 +56,7 @@ def check_attempts(site: Site) -> Iterator[Finding]:
     with site.snapshot() as session:
         running = _running(session)
     for name in names:
-        attempt = attempt_of(name)
+        attempt = Attempt.of_folder(name)
         if attempt in running:
             continue
         key = f"attempts/{name}"
@@ -96,7 +95,7 @@ def _running(session: Session) -> set[Attempt | None]:
 
 def _is_running(session: Session, name: str) -> bool:
     """Whether the attempt a folder is named after still runs; its row is locked until the commit."""
-    attempt = attempt_of(name)
+    attempt = Attempt.of_folder(name)
     if attempt is None:
         return False
     mine = (Job.id == attempt.job_id, Job.attempt == attempt.number, Job.status == JobStatus.RUNNING)

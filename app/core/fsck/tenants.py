@@ -10,7 +10,8 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import aliased
 
-from app.core.fsck.finding import Finding, Site, attempt_of
+from app.core.attempts import Attempt
+from app.core.fsck.finding import Finding, Site
 from app.core.tables import Checkpoint, File, IdempotencyKey, Job, Project, TunedModel
 
 _STOP = "stop serving it and find out how this came about: a border between projects is broken"
@@ -62,7 +63,7 @@ def check_weights(site: Site) -> Iterator[Finding]:
             yield Finding("I11", row.id, f"{row.model} was made by another job than its checkpoint", _STOP)
         names = select(TunedModel.id, TunedModel.job_id, TunedModel.storage_key)
         for name in session.execute(names).yield_per(1000):
-            attempt = attempt_of(name.storage_key.rpartition("/")[2])
+            attempt = Attempt.of_folder(name.storage_key.rpartition("/")[2])
             if attempt is not None and attempt.job_id != name.job_id:
                 yield Finding("I11", name.id, f"answers with weights made by {attempt.job_id}", _STOP)
 
