@@ -24,6 +24,7 @@ from app.core.storage import Storage
 from app.core.token_stream import reply_stream
 
 PATIENCE_S = 1.5  # for a lock, a connection, a word of the broker: whoever asks can come back
+STATEMENT_S = 8.0  # none takes long, unless the database is ill
 LAST_HINTS_S = 1.0  # how long hints may take to leave a process that ends
 HEALTH_THREADS = 12  # of their own: a hanging check must not take the threads of requests
 
@@ -48,7 +49,7 @@ class Context:
 @asynccontextmanager
 async def open_context(settings: Settings) -> AsyncIterator[Context]:
     """Open all of it; neither database nor broker has to be there yet."""
-    engine = make_engine(settings.database_url, patience_s=PATIENCE_S)
+    engine = make_engine(settings.database_url, patience_s=PATIENCE_S, statement_s=STATEMENT_S)
     celery = make_celery(settings)
     client = make_redis(settings.redis_url, patience_s=PATIENCE_S)
     replies = ReplyReader(make_async_redis(settings.redis_url), reply_stream(random_name(12)))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
 
+import psycopg
 from psycopg.types.string import StrDumperUnknown
 from sqlalchemy import DateTime, Dialect, Engine, MetaData, String, create_engine, event
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
@@ -64,11 +66,31 @@ class Base(DeclarativeBase):
     )
 
 
-def make_engine(url: str, *, patience_s: float = 20.0) -> Engine:
+class _Impatient(psycopg.Connection[Any]):
+    """A connection that gives up on a server that is silent far beyond its own limit of a statement: one
+    that is frozen, or on a disk that hangs, keeps its lines open and answers never.
+    """
+
+    answer_s = 35.0
+
+    def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
+        """As the driver's, within `answer_s`."""
+        deadline = time.monotonic() + self.answer_s
+        try:
+            return super().wait(gen, interval, self.answer_s if timeout is None else timeout)
+        except psycopg.OperationalError:
+            if time.monotonic() >= deadline:
+                self.close()  # its answer may still come, and would be taken for that of another statement
+            raise
+
+
+def make_engine(url: str, *, patience_s: float = 20.0, statement_s: float = 30.0) -> Engine:
     """An engine whose connections notice a dead server and never wait for one without end.
 
     `patience_s`: how long to wait for rows that others have locked, and for a connection of the pool.
+    `statement_s`: how long one statement may take.
     """
+    kind: type[_Impatient] = type("Connection", (_Impatient,), {"answer_s": statement_s + 2.0})
     # A row in demand is waited for twice, first in line and then for its holder; each may take half.
     lock_ms = round(patience_s / 2 * 1000)
     engine = create_engine(
@@ -86,10 +108,11 @@ def make_engine(url: str, *, patience_s: float = 20.0) -> Engine:
             # Keepalives rest while bytes wait for their acknowledgement; without this a write into a
             # cut line hangs for a quarter of an hour, far past any lease.
             "tcp_user_timeout": 15_000,
-            "options": f"-c statement_timeout=30000 -c lock_timeout={lock_ms}"
+            "options": f"-c statement_timeout={statement_s * 1000:.0f} -c lock_timeout={lock_ms}"
             " -c idle_in_transaction_session_timeout=60000",
         },
     )
+    event.listen(engine, "do_connect", lambda _d, _r, args, options: kind.connect(*args, **options))
     event.listen(engine, "connect", _speak_storable_text)
     return engine
 

@@ -16,6 +16,7 @@ from sqlalchemy import func, select, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
+from app.api import context
 from app.api.outages import find_outage
 from app.core.base_models import DEFAULT_BASE_MODEL
 from app.core.db import transaction
@@ -41,6 +42,7 @@ class Lines:
     http: httpx.Client
     database: Proxy
     broker: Proxy
+    database_url: str  # through its proxy
     body: dict[str, Any]  # of a job that can be created
 
     def create(self, key: str | None = None) -> httpx.Response:
@@ -50,30 +52,30 @@ class Lines:
 
 
 @pytest.fixture(scope="module")
-def proxies(settings: Settings) -> Iterator[tuple[Proxy, Proxy, str]]:
+def proxies(settings: Settings) -> Iterator[tuple[Proxy, Proxy, str, str]]:
     """Both proxies and a server behind them."""
     with (
         proxy_to(settings.database_url) as (database, database_url),
         proxy_to(settings.redis_url) as (broker, redis_url),
         api_server(settings.model_copy(update={"database_url": database_url, "redis_url": redis_url})) as url,
     ):
-        yield database, broker, url
+        yield database, broker, url, database_url
 
 
 @pytest.fixture
 def lines(
-    proxies: tuple[Proxy, Proxy, str],
+    proxies: tuple[Proxy, Proxy, str, str],
     tenant: Tenant,
     sessions: sessionmaker[Session],
     storage: Storage,
 ) -> Iterator[Lines]:
     """Everything passes; afterwards it does again."""
-    database, broker, url = proxies
+    database, broker, url, database_url = proxies
     with transaction(sessions) as session:
         file = make_file(session, storage, project=tenant.project)
     body = {"model": DEFAULT_BASE_MODEL, "training_file": file.id}
     with httpx.Client(base_url=url, headers=tenant.http.headers, timeout=30) as http:
-        yield Lines(http, database, broker, body)
+        yield Lines(http, database, broker, database_url, body)
     for proxy in (database, broker):
         proxy.refusing = False
         proxy.mute.clear()
@@ -238,6 +240,27 @@ def test_a_database_that_takes_no_writes_is_read_and_passes(
             session.commit()
     lines.database.cut()
     assert lines.create().status_code == 200
+
+
+def test_a_database_that_falls_silent_holds_nobody_for_good(
+    lines: Lines, monkeypatch: pytest.MonkeyPatch, settings: Settings
+) -> None:
+    monkeypatch.setattr(context, "STATEMENT_S", 1.0)
+    quick = settings.model_copy(update={"database_url": lines.database_url})
+    with (
+        api_server(quick) as url,
+        httpx.Client(base_url=url, headers=lines.http.headers, timeout=60) as http,
+        ThreadPoolExecutor(60) as pool,
+    ):
+        assert http.get(JOBS).status_code == 200
+        lines.database.mute.set()  # its lines stay open, and it takes what is sent
+        tasks = [pool.submit(http.get, JOBS) for _ in range(60)]  # more than there are threads
+        assert http.get("/healthz").status_code == 200
+        assert http.get("/readyz").json()["parts"]["database"] != "ok"
+        for task in tasks:
+            assert_come_back(task.result(60))
+        lines.database.mute.clear()
+        assert http.get(JOBS).status_code == 200
 
 
 def _refuse(lines: Lines) -> None:
