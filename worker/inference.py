@@ -18,8 +18,16 @@ from pydantic import ValidationError
 
 from app.core import presence
 from app.core.base_models import BaseModelEntry, find_model_dir
-from app.core.completions import CompletionRequest, Failed, Finished, Word
+from app.core.completions import (
+    CompletionRequest,
+    Failed,
+    Finished,
+    TunedWeights,
+    WeightsKind,
+    Word,
+)
 from app.core.manifest import MANIFEST
+from app.core.new_weights import NEW_WEIGHTS, NewWeights
 from app.core.queue import Queue
 from app.core.token_stream import CANCELS, WordPost, WordWriter
 from worker.context import Context
@@ -108,14 +116,21 @@ class Inference:
             with self._lock:
                 del self._held[request.id]
 
-    def listen_for_cancels(self) -> None:
-        """Drop requests whose client has gone; returns when the connection is lost or this worker stops."""
+    def listen(self) -> None:
+        """Drop requests whose client has gone, load new weights ahead of their first request.
+
+        Returns when the connection is lost or this worker stops.
+        """
         with self._context.redis.pubsub(ignore_subscribe_messages=True) as pubsub:  # type: ignore[no-untyped-call]
-            pubsub.subscribe(CANCELS)
+            pubsub.subscribe(CANCELS, NEW_WEIGHTS)
             while not self._stopped.is_set():
                 message = pubsub.get_message(timeout=1.0)
-                if message is not None:
+                if message is None:
+                    continue
+                if message["channel"].decode() == CANCELS:
                     self._cancel(message["data"].decode("utf-8", "replace"))
+                else:
+                    self._load_ahead(message["data"])
 
     def end_if_broken(self) -> None:
         """End this process when an engine has died or hangs for good: a CUDA error never leaves a process.
@@ -185,14 +200,25 @@ class Inference:
         """The request with its weights' key in storage replaced by the folder. Raises ModelUnavailable."""
         if request.tuned is None:
             return request
+        return request.model_copy(update={"tuned": self._in_storage(request.tuned)})
+
+    def _in_storage(self, tuned: TunedWeights) -> TunedWeights:
         try:
-            folder = self._context.storage.path(request.tuned.path)
+            folder = self._context.storage.path(tuned.path)
         except ValueError:  # what came by Redis must not choose folders
             raise ModelUnavailable("its place in storage is not known") from None
         if not (folder / MANIFEST).exists():  # also when a copy is in memory: what is deleted answers no more
             raise ModelUnavailable("its files are missing or damaged")
-        tuned = request.tuned.model_copy(update={"path": str(folder)})
-        return request.model_copy(update={"tuned": tuned})
+        return tuned.model_copy(update={"path": str(folder)})
+
+    def _load_ahead(self, data: bytes) -> None:
+        try:
+            news = NewWeights.model_validate_json(data)
+            engine = self._engines.get(news.base_model)
+            if engine is not None and news.tuned.kind is WeightsKind.LORA:  # a whole one drives another out
+                engine.load_adapter(self._in_storage(news.tuned))
+        except (ValidationError, ModelUnavailable) as error:  # the first request for them will tell
+            log.warning("new weights not loaded ahead: %s", type(error).__name__)
 
     def _cancel(self, request_id: str) -> None:
         with self._lock:

@@ -117,7 +117,7 @@ def _inference(context: Context) -> Role:
 
     inference = Inference(context)
     inference.preload()
-    cancels = Beat("cancels", inference.listen_for_cancels, every_s=1.0)
+    news = Beat("news", inference.listen, every_s=1.0)
 
     def about() -> dict[str, Any] | None:
         inference.end_if_broken()
@@ -129,7 +129,7 @@ def _inference(context: Context) -> Role:
         context.settings.max_requests_in_flight,
         {Task.COMPLETE: inference.complete},
         about,
-        [cancels],
+        [news],
         on_stopping=lambda: inference.stop_soon(drain_s=context.settings.drain_s),
         on_stopped=inference.stop,
     )

@@ -6,6 +6,7 @@ import csv
 import io
 import shutil
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 from sqlalchemy import func, select
@@ -16,6 +17,7 @@ from app.core.attempts import Attempt
 from app.core.db import utc_now
 from app.core.files import NewFile, create_file
 from app.core.ids import Prefix, new_id
+from app.core.new_weights import NewWeights, announce
 from app.core.outbox import after_commit
 from app.core.status import FINAL
 from app.core.tables import Checkpoint, Job, Organization, TunedModel
@@ -135,12 +137,14 @@ def record_success(context: Context, session: Session, attempt: Attempt, word: F
     assert last is not None, "a finished attempt has published its final checkpoint"
     key = session.get_one(TunedModel, last.model_id).storage_key
     name = served_models.new_model_name(job, organization_slug=_slug(session, job))
-    served_models.add_model(session, job, name=name, storage_key=key, is_checkpoint=False)
+    model = served_models.add_model(session, job, name=name, storage_key=key, is_checkpoint=False)
     result_file = _add_results(context, session, job)
     values = {"fine_tuned_model": name, "trained_tokens": word.trained_tokens, "result_file": result_file}
     job = attempts.succeed(session, attempt, values=values)
     events.add_message(session, job, f"New fine-tuned model created: {name}")
     events.add_message(session, job, "The job has successfully completed")
+    news = NewWeights(base_model=model.base_model, tuned=served_models.weights_of(model))
+    after_commit(session, partial(announce, context.redis, news))
 
 
 def _add_results(context: Context, session: Session, job: Job) -> str:

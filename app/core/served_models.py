@@ -188,6 +188,11 @@ def add_model(session: Session, job: Job, *, name: str, storage_key: str, is_che
     return row
 
 
+def weights_of(row: TunedModel) -> TunedWeights:
+    """What an engine loads for it; names of the same weights share them."""
+    return TunedWeights(id=row.storage_key.rpartition("/")[2], kind=row.kind, path=row.storage_key)
+
+
 def find_weights(session: Session, *, project_id: str, name: str) -> TunedModel | None:
     """The live tuned model of that name."""
     return session.scalar(_live(project_id).where(TunedModel.id == name))
@@ -198,8 +203,7 @@ def _base(entry: BaseModelEntry) -> ServedModel:
 
 
 def _served(row: TunedModel) -> ServedModel:
-    weights = TunedWeights(id=row.storage_key.rpartition("/")[2], kind=row.kind, path=row.storage_key)
-    return ServedModel(row.id, row.base_model, row.created_at, row.project_id, weights)
+    return ServedModel(row.id, row.base_model, row.created_at, row.project_id, weights_of(row))
 
 
 def _live(project_id: str) -> Select[TunedModel]:

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import redis
+import torch
+from peft import LoraConfig, get_peft_model
 
 from app.core import presence
 from app.core.completions import (
@@ -27,13 +29,16 @@ from app.core.completions import (
     Word,
 )
 from app.core.manifest import write_manifest
+from app.core.new_weights import NewWeights, announce
 from app.core.queue import Sender, Task, inference_queue, make_celery
 from app.core.redis_client import make_redis
 from app.core.settings import Settings
 from app.core.storage import Storage
 from app.core.token_stream import CANCELS, decode, reply_stream
+from tests.serving.conftest import quiet_peft
 from tests.tiny import build_tiny_model
 from tests.worker.desk import wait_for
+from worker.base_model import load_base_model
 
 ROOT = Path(__file__).parents[2]
 STREAM = reply_stream("tests")
@@ -188,6 +193,26 @@ def test_weights_in_storage_are_found_below_the_workers_own_folder(
     assert failed.code == "model_unavailable"
     client.ask("others go on")
     assert isinstance(client.answer("others go on")[-1], Finished)
+
+
+def test_new_weights_are_in_memory_before_anybody_asks_for_them(
+    client: Client, storage: Storage, models_file: Path
+) -> None:
+    base = load_base_model(models_file.parent / "tiny", quantize_4bit=False, device=torch.device("cpu"))
+    with quiet_peft():
+        get_peft_model(base, LoraConfig(target_modules=["q_proj"])).save_pretrained(
+            storage.path("weights/new")
+        )
+    write_manifest(storage.path("weights/new"))
+    client.ask("first")
+    client.answer("first")  # the engine runs
+    tuned = TunedWeights(id="new", kind=WeightsKind.LORA, path="weights/new")
+    announce(client.redis, NewWeights(base_model="tiny", tuned=tuned))
+    client.ask("meanwhile", sampling=Sampling(max_tokens=300, temperature=0))
+    client.answer("meanwhile")
+    (storage.path("weights/new") / "adapter_model.safetensors").unlink()  # it can be read no more
+    client.ask("new", tuned=tuned)
+    assert isinstance(client.answer("new")[-1], Finished)
 
 
 @pytest.mark.parametrize("path", ["weights/none", "/etc", "weights/../../x", "../weights/x", ""])
