@@ -14,7 +14,6 @@ import pytest
 
 from app.core.attempts import Attempt
 from app.core.db import transaction
-from app.core.new_weights import NEW_WEIGHTS, NewWeights
 from app.core.status import JobStatus
 from app.core.tables import Job
 from app.core.vocabulary import EventType
@@ -105,24 +104,6 @@ def test_the_estimated_finish_comes_closer_to_the_end(desk: Desk, trainer: Train
     end = desk.job(job_id).finished_at
     assert end is not None
     assert abs((guesses[-1] - end).total_seconds()) < 1.0
-
-
-def test_inference_workers_are_told_of_a_new_model_and_find_it_there(desk: Desk, trainer: Trainer) -> None:
-    with desk.context.redis.pubsub(ignore_subscribe_messages=True) as channel:
-        channel.subscribe(NEW_WEIGHTS)
-        job_id = desk.queue()
-        Runner(desk.context, trainer).run_waiting()
-        told: list[NewWeights] = []
-
-        def look() -> bool:
-            message = channel.get_message(timeout=0.1)
-            told.extend([NewWeights.model_validate_json(message["data"])] if message else [])
-            return bool(told)
-
-        wait_for(look)
-    assert desk.job(job_id).status is JobStatus.SUCCEEDED
-    assert told[0].base_model == "tiny"
-    assert (desk.context.storage.path(told[0].tuned.path) / "adapter_config.json").is_file()
 
 
 def test_jobs_that_wait_are_run_one_after_another_by_one_child(desk: Desk, trainer: Trainer) -> None:
