@@ -27,6 +27,7 @@ class Device:
 
     def __init__(self, room: int | None) -> None:
         self.room = room
+        self.taken_at: int | None = None  # the pass in which a neighbour has all memory
         self.passes: list[int] = []  # tokens of each that fitted
 
 
@@ -38,7 +39,8 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     def limited(tuned: TunedModel, examples: Sequence[TokenizedExample]) -> Sums:
         tokens = sum(len(example.ids) for example in examples)
         result = sums(tuned, examples)  # random numbers are drawn, memory is taken: then there is no more
-        if device.room is not None and tokens > device.room:
+        if device.taken_at == len(device.passes) or (device.room is not None and tokens > device.room):
+            device.taken_at = None
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         device.passes.append(tokens)
         return result
@@ -83,6 +85,20 @@ def test_after_a_cut_the_run_equals_one_that_never_had_more_room(
     assert logs(small) == []
     assert metrics(cut) == metrics(small)
     assert content(folders(cut)[0]) == content(folders(small)[0])
+
+
+def test_parts_that_were_done_before_memory_ran_out_do_not_count_twice(
+    make_spec: MakeSpec, warm: WarmBase, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(model._MAX_TOKENS, "cpu", 120)
+    spec = make_spec(learning_rate=1e-3)
+    roomy = told(train(spec, warm))
+    device.passes.clear()
+    device.taken_at = 1
+    cut = told(train(spec.model_copy(update={"output_dir": spec.output_dir + "-cut"}), warm))
+    assert len(logs(cut)) == 1
+    for one, other in zip(metrics(cut), metrics(roomy), strict=True):
+        assert one.train_loss == pytest.approx(other.train_loss, rel=1e-5)
 
 
 def test_a_resumed_run_remembers_the_cut(make_spec: MakeSpec, warm: WarmBase, device: Device) -> None:
