@@ -12,6 +12,7 @@ from app.core.errors import Unavailable
 from app.core.presence import list_present
 
 REMEMBERED_S = 1.0
+BROKER_AWAY = "The message broker cannot be reached at the moment. Try again in a few seconds."
 
 
 class Engines:
@@ -21,6 +22,7 @@ class Engines:
         self._client = client
         self._lock = asyncio.Lock()
         self._served: frozenset[str] = frozenset()
+        self._failed: redis.RedisError | None = None
         self._read_at = float("-inf")
 
     async def require(self, base_model: str) -> None:
@@ -34,8 +36,14 @@ class Engines:
     async def _read(self) -> frozenset[str]:
         async with self._lock:  # requests that arrive together read once
             if time.monotonic() - self._read_at > REMEMBERED_S:
-                self._served = await to_thread.run_sync(self._list)
+                self._failed = None
+                try:
+                    self._served = await to_thread.run_sync(self._list)
+                except redis.RedisError as error:  # all who wait hear of it now, not one after the other
+                    self._failed = error
                 self._read_at = time.monotonic()
+            if self._failed is not None:
+                raise Unavailable(BROKER_AWAY) from self._failed
             return self._served
 
     def _list(self) -> frozenset[str]:

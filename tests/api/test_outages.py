@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import httpx
@@ -291,10 +292,12 @@ def test_chat_without_a_broker_says_soon_when_to_come_back(
     lines: Lines, trouble: Callable[[Lines], None]
 ) -> None:
     trouble(lines)
-    seconds, answer = timed(lambda: lines.http.post("/v1/chat/completions", json=CHAT))
-    assert answer.status_code == 503, answer.text
-    assert "retry-after" in answer.headers
-    assert seconds < 8
+    with ThreadPoolExecutor(30) as pool:
+        ask = partial(lines.http.post, "/v1/chat/completions", json=CHAT)
+        for task in [pool.submit(timed, ask) for _ in range(30)]:
+            seconds, answer = task.result(60)
+            assert_come_back(answer)
+            assert seconds < 10  # one after the other they would take a minute and a half
 
 
 @pytest.fixture
