@@ -15,6 +15,7 @@ from pathlib import Path
 # Threads count too: a machine with 256 cores starts a few times that many for one training process.
 MAX_PROCESSES = 4096
 _BUSY_S = 2.0
+_PREFIX = "luthier-"
 _CONTROLLERS = {"memory", "pids"}
 _ESCAPE = re.compile(r"\\([0-7]{3})")  # how /proc/self/mounts writes a space
 
@@ -22,27 +23,29 @@ _ESCAPE = re.compile(r"\\([0-7]{3})")  # how /proc/self/mounts writes a space
 class Cgroup:
     """The folders of one group. All of it may be missing; then it limits, finds and ends nothing."""
 
-    def __init__(self, folders: list[Path]) -> None:
+    def __init__(self, folders: list[Path], *, memory_bytes: int | None = None) -> None:
         self.folders = folders
+        self._memory_bytes = memory_bytes
 
     @classmethod
     def make(cls, name: str, *, memory_bytes: int | None = None) -> Cgroup:
-        """A group below this process's own."""
-        folders = []
-        for parent in _groups_of("self"):
-            with suppress(OSError):
-                (parent / name).mkdir(exist_ok=True)
-                folders.append(parent / name)
-        group = cls(folders)
-        if memory_bytes is not None:
-            group._write("memory.max", str(memory_bytes))
-            group._write("memory.swap.max", "0")
-            group._write("memory.limit_in_bytes", str(memory_bytes))
+        """A group below this process's own. Empty ones beside it, left by the dead, are removed."""
+        folders = [parent / f"{_PREFIX}{name}" for parent in _groups_of("self")]
+        for left in (left for folder in folders for left in folder.parent.glob(f"{_PREFIX}*")):
+            with suppress(OSError):  # in use; one that is only between two children is made again
+                left.rmdir()
+        group = cls(folders, memory_bytes=memory_bytes)
+        group._appear()
         return group
 
     def take_in(self, pid: int) -> None:
         """Move a process into the group, before it has children."""
+        self._appear()
         self._write("pids.max", str(MAX_PROCESSES))
+        if self._memory_bytes is not None:
+            self._write("memory.max", str(self._memory_bytes))
+            self._write("memory.swap.max", "0")
+            self._write("memory.limit_in_bytes", str(self._memory_bytes))
         self._write("cgroup.procs", str(pid))
 
     def members(self) -> set[int]:
@@ -67,6 +70,11 @@ class Cgroup:
                     folder.rmdir()
                 except OSError:
                     time.sleep(0.01)
+
+    def _appear(self) -> None:
+        for folder in self.folders:
+            with suppress(OSError):
+                folder.mkdir(exist_ok=True)
 
     def _write(self, name: str, value: str) -> None:
         for folder in self.folders:

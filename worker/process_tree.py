@@ -40,7 +40,7 @@ class ProcessTree:
     def make(cls, *, memory_bytes: int | None = None) -> ProcessTree:
         """An empty tree. `memory_bytes` limits it where cgroups can."""
         mark = secrets.token_hex(8)
-        return cls(mark, Cgroup.make(f"luthier-{mark}", memory_bytes=memory_bytes))
+        return cls(mark, Cgroup.make(mark, memory_bytes=memory_bytes))
 
     @property
     def environment(self) -> dict[str, str]:

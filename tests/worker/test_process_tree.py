@@ -109,7 +109,7 @@ def _groups(request: pytest.FixtureRequest, stage: Stage, monkeypatch: pytest.Mo
 @pytest.fixture
 def group() -> Iterator[Cgroup]:
     """A group that counts memory and processes, where the machine lets us make one."""
-    group = Cgroup.make("luthier-test")
+    group = Cgroup.make("test")
     yield group
     group.remove()
 
@@ -214,6 +214,24 @@ def test_no_group_and_no_guard_is_left_after_a_stop(stage: Stage) -> None:
     trainer.stop()
     assert guard.poll() is not None
     assert not any(folder.exists() for folder in folders)
+
+
+def test_groups_left_empty_by_the_dead_are_removed_by_the_next(stage: Stage, group: Cgroup) -> None:
+    needs(group, "cgroup.procs")
+    stage.start("time.sleep(300)")
+    assert not any(folder.exists() for folder in group.folders)
+
+
+def test_a_group_removed_between_two_children_is_made_again(stage: Stage, group: Cgroup) -> None:
+    needs(group, "cgroup.procs")
+    trainer = stage.start("time.sleep(300)")
+    assert trainer.kill()
+    assert trainer._tree is not None
+    mine = trainer._tree._cgroup
+    mine.remove()
+    trainer.start()
+    assert trainer._process is not None
+    assert mine.members() == {trainer._process.pid}
 
 
 @contextmanager
