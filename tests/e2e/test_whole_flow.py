@@ -36,10 +36,10 @@ def client(service: Service) -> Iterator[openai.OpenAI]:
 
 
 def child(service: Service, words: str) -> psutil.Process:
-    """The one process below `up` whose command line ends so."""
+    """The one process below `up` with these words in its command line."""
     below = psutil.Process(service.process.pid).children(recursive=True)
     lines = {process: " ".join(process.cmdline()) for process in below}
-    found = [process for process, line in lines.items() if line.endswith(words) and "leash" not in line]
+    found = [process for process, line in lines.items() if words in line and "leash" not in line]
     assert len(found) == 1, lines
     return found[0]
 
