@@ -51,6 +51,7 @@ class BaseModelEntry(BaseModel):
     context_length: int = Field(gt=0)
     licence: str = Field(min_length=1)
     chat_template: str | None = None
+    tool_format: Literal["hermes"] | None = None  # how the model writes tool calls; None: it cannot
     target_modules: tuple[str, ...] = ()
     adapter: Literal["qlora", "lora", "full"] = "qlora"
     learning_rate: float = Field(default=2e-4, gt=0, lt=1)  # of adapters, at multiplier 1

@@ -23,6 +23,7 @@ class FinishReason(StrEnum):
 
     STOP = "stop"
     LENGTH = "length"
+    TOOL_CALLS = "tool_calls"  # said by the API, which reads the calls out of the text
 
 
 class WeightsKind(StrEnum):
@@ -66,6 +67,7 @@ class CompletionRequest(Wire):
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
     sampling: Sampling = Sampling()
+    grammar: str | None = None  # what the answer may say, in llguidance's language; checked by the API
     reply_to: str  # channel of the API process that waits
     expires_at: float  # unix seconds; past it nobody waits for the first word any more
 

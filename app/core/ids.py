@@ -17,6 +17,7 @@ class Prefix(StrEnum):
     EVENT = "ftevent-"
     CHECKPOINT = "ftckpt_"
     COMPLETION = "chatcmpl-"
+    CALL = "call_"
     REQUEST = "req_"
     KEY = "key_"
     PROJECT = "proj_"

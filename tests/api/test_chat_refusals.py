@@ -87,8 +87,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "top logprobs alone": ({"top_logprobs": 2}, "invalid_value", "top_logprobs"),
     "an unknown extension": ({"luthier": {"x": 1}}, "unknown_parameter", "luthier.x"),
     "store": ({"store": True}, "unsupported_parameter", "store"),
-    "json": ({"response_format": {"type": "json_object"}}, "unsupported_parameter", "response_format"),
-    "a forced tool": ({"tool_choice": "required"}, "unsupported_parameter", "tool_choice"),
     "audio": ({"modalities": ["text", "audio"]}, "unsupported_parameter", "modalities"),
     "functions": ({"functions": []}, "unsupported_parameter", "functions"),
 }

@@ -22,7 +22,7 @@ from app.core.completions import CompletionRequest, Failed, TunedWeights
 from worker.base_model import load_base_model, load_tokenizer, pick_device
 from worker.serving.adapter_files import ModelUnavailable
 from worker.serving.batch import ModelGroup
-from worker.serving.intake import Intake
+from worker.serving.intake import Intake, Refused
 from worker.serving.loop import ENGINE_ERROR, Loop
 from worker.serving.models import ModelSet
 from worker.serving.outlet import Outlet
@@ -89,14 +89,14 @@ class Engine:
         self._thread: Thread | None = None
         self._last_turn = time.monotonic()
         base = self._load_group(Path(base_dir))
-        intake = Intake(load_tokenizer(base_dir), base.model, chat_template=chat_template)
+        self._intake = Intake(load_tokenizer(base_dir), base.model, chat_template=chat_template)
         models = ModelSet(
             base,
             load=self._load_group,
             max_full_models=self._limits.max_full_models,
             on_loaded=self._wake,
         )
-        self._loop = Loop(intake, models, self._outlet, prefill_tokens=self._limits.prefill_tokens)
+        self._loop = Loop(self._intake, models, self._outlet, prefill_tokens=self._limits.prefill_tokens)
         self._stats = self._count()
 
     def start(self) -> None:
@@ -113,6 +113,11 @@ class Engine:
         """
         if not self._outlet.open(request.id, emit):
             _log.warning("request %s is open already; its second message is ignored", request.id)
+            return
+        try:
+            self._intake.prepare(request)
+        except Refused as refused:
+            self._outlet.fail(request.id, refused.failed)
             return
         if not self._put(partial(self._loop.open, request)):
             self._outlet.fail(request.id, STOPPED if self._stopping else ENGINE_ERROR)

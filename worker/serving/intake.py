@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from app.core.completions import CompletionRequest, Failed
 from worker.chat_template import ChatTemplate, ChatTemplateError
+from worker.serving.grammar import GrammarError, Grammars
 from worker.serving.sequence import Completion, open_sequences
 from worker.serving.text import Decoder
 from worker.serving.vocabulary import make_vocabulary
@@ -41,6 +42,18 @@ class Intake:
         self._vocabulary: int = model.config.vocab_size
         self.end_ids = find_end_ids(tokenizer, model, self._template)
         self._tokens = make_vocabulary(tokenizer, size=self._vocabulary, end_ids=self.end_ids)
+        self._grammars = Grammars(self._tokens)
+
+    def prepare(self, request: CompletionRequest) -> None:
+        """Do what takes long, in the caller's thread, so that `open` stalls no stream. Raises Refused."""
+        if request.grammar is None:
+            return
+        try:
+            self._grammars.compile(request.grammar)
+        except GrammarError as error:
+            _log.warning("grammar of request %s: %s", request.id, error)
+            text = "The response format or the tools cannot be kept to by this model. Simplify the schema."
+            raise Refused(Failed(status=400, code="invalid_json_schema", message=text)) from error
 
     def open(self, request: CompletionRequest) -> Completion:
         """The completion of `request`, all choices waiting. Raises Refused."""
@@ -50,6 +63,9 @@ class Intake:
         end_ids = frozenset() if request.sampling.ignore_eos else self.end_ids
         completion = Completion(request, prompt_ids, end_ids, limit)
         open_sequences(completion, cast(Decoder, self.tokenizer), tokens=self._tokens)
+        if request.grammar is not None:
+            for sequence in completion.sequences:
+                sequence.constrain(self._grammars.start(request.grammar))
         return completion
 
     def _check_bias(self, request: CompletionRequest) -> None:

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from app.core.completions import CompletionRequest, Delta, Finished, FinishReason, Sampling, Word
-from worker.serving.adjustments import Adjustments
+from app.core.completions import CompletionRequest, Delta, Finished, FinishReason, Word
+from worker.serving.adjustments import Adjustments, Grammar
 from worker.serving.chances import ChanceStream, TokenBytes
 from worker.serving.sampling import Chooser, make_chooser
 from worker.serving.text import Decoder, TextStream
@@ -68,7 +68,7 @@ class Sequence:
             sampling.top_p,
             seed=sampling.seed,
             index=index,
-            adjustments=_adjustments(sampling),
+            adjustments=self._adjustments(),
         )
         self.chooser.top_logprobs = sampling.top_logprobs
         self.reason: FinishReason | None = None
@@ -82,6 +82,10 @@ class Sequence:
     def made_tokens(self) -> int:
         """Tokens generated so far; the end-of-turn token is not counted, as it carries no text."""
         return len(self.ids) - len(self.completion.prompt_ids)
+
+    def constrain(self, grammar: Grammar) -> None:
+        """Let the answer say only what the grammar allows; before its first token."""
+        self.chooser.adjustments = self._adjustments(grammar)
 
     def accept(self, token_id: int) -> None:
         """Take the next token; append its words to the completion's."""
@@ -99,6 +103,18 @@ class Sequence:
             self._end(FinishReason.STOP, text)
         else:
             self._say(text)
+
+    def _adjustments(self, grammar: Grammar | None = None) -> Adjustments | None:
+        """What the choice does to the logits; None for most, which cost nothing then."""
+        asked = self.completion.request.sampling
+        if not (asked.logit_bias or asked.frequency_penalty or asked.presence_penalty or grammar):
+            return None
+        return Adjustments(
+            bias=asked.logit_bias,
+            frequency_penalty=asked.frequency_penalty,
+            presence_penalty=asked.presence_penalty,
+            grammar=grammar,
+        )
 
     def _say(self, text: str, *, last: bool = False) -> None:
         logprobs = None
@@ -126,14 +142,3 @@ def open_sequences(completion: Completion, tokenizer: Decoder, *, tokens: TokenB
     """Give the completion its `n` choices. `tokens`: needed for log-probabilities."""
     count = completion.request.sampling.n
     completion.sequences = [Sequence(completion, index, tokenizer, tokens=tokens) for index in range(count)]
-
-
-def _adjustments(sampling: Sampling) -> Adjustments | None:
-    """What the choice does to the logits; None for most, which cost nothing then."""
-    if not (sampling.logit_bias or sampling.frequency_penalty or sampling.presence_penalty):
-        return None
-    return Adjustments(
-        bias=sampling.logit_bias,
-        frequency_penalty=sampling.frequency_penalty,
-        presence_penalty=sampling.presence_penalty,
-    )

@@ -26,6 +26,8 @@ class CreateChatCompletion(SamplingFields):
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     tools: Any = None
     tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    response_format: Any = None
 
     # Accepted, without a meaning here
     safety_identifier: str | None = Field(default=None, max_length=128)
@@ -34,7 +36,6 @@ class CreateChatCompletion(SamplingFields):
     prompt_cache_key: str | None = Field(default=None, max_length=512)
     prompt_cache_retention: str | None = Field(default=None, max_length=64)
     prompt_cache_options: dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = None
     verbosity: Literal["low", "medium", "high"] | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     prediction: dict[str, Any] | None = None
@@ -42,7 +43,6 @@ class CreateChatCompletion(SamplingFields):
 
     # Accepted at the value that asks for nothing
     store: bool | None = None
-    response_format: Any = None
     modalities: list[Any] | None = None
 
     # Refused
@@ -85,9 +85,7 @@ class CreateChatCompletion(SamplingFields):
 _LEAVE_OUT = "Leave it out."
 _UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("store", (False,), "Completions are not stored."),
-    ("response_format", ({"type": "text"},), 'Only {"type": "text"} is; ask for the format in a message.'),
     ("modalities", (["text"],), 'Only ["text"] is.'),
-    ("tool_choice", ("none", "auto"), "Only 'none' and 'auto' are."),
     ("audio", (), _LEAVE_OUT),
     ("functions", (), "Use 'tools'."),
     ("function_call", (), "Use 'tool_choice'."),
