@@ -17,10 +17,11 @@ from app.api.leaving import until_gone
 from app.api.replies import Reply
 from app.core.base_models import BaseModelEntry
 from app.core.completions import CompletionRequest, Sampling, Word
-from app.core.errors import InvalidRequest
+from app.core.errors import InvalidRequest, Unavailable
 from app.core.queue import Task, inference_queue
 from app.core.settings import Settings
 
+OVERLOADED_RETRY_S = 2
 WORK_FACTOR = 8  # n × tokens of all choices may reach so many times the limit of one choice
 
 
@@ -44,7 +45,7 @@ class Asked:
 async def ask(context: Context, request: Request, asks: Sequence[CompletionRequest]) -> Asked:
     """Send requests for one base model; returns once each has its first words.
 
-    Raises what an engine says, Unavailable when nobody answers in time, ClientGone.
+    Raises what an engine says, Unavailable when nobody has room or answers in time, ClientGone.
     """
     await context.engines.require(asks[0].base_model)
     replies = [context.replies.expect(one.id, n=one.sampling.n) for one in asks]
@@ -64,8 +65,18 @@ async def _begin(context: Context, asks: Sequence[CompletionRequest], replies: S
 
 
 def _send(context: Context, asks: Sequence[CompletionRequest]) -> None:
+    queue = inference_queue(asks[0].base_model)
+    # A list in the broker. Requests of the same instant do not see each other: the line is as long as the
+    # limit and what arrives within one round trip.
+    waiting = context.redis.llen(queue)
+    if waiting + len(asks) > context.settings.max_waiting_requests:
+        raise Unavailable(
+            f"Too many requests wait for {asks[0].base_model} at the moment. Try again in a few seconds.",
+            code="overloaded",
+            retry_after_s=OVERLOADED_RETRY_S,
+        )
     for one in asks:
-        context.sender.send(Task.COMPLETE, inference_queue(one.base_model), one.model_dump(mode="json"))
+        context.sender.send(Task.COMPLETE, queue, one.model_dump(mode="json"))
 
 
 def expires_at(settings: Settings) -> float:

@@ -64,6 +64,7 @@ class Settings(BaseSettings):
     max_tokens_in_flight: int = Field(default=16_384, ge=256)  # tokens of all running sequences of a model
     adapter_memory_mb: int = Field(default=2000, ge=1)  # adapters one engine keeps in memory, 10^6 bytes
     max_requests_in_flight: int = Field(default=64, ge=1)  # chat requests one inference worker holds
+    max_waiting_requests: int = Field(default=256, ge=1)  # of one base model that no worker has taken yet
     inference_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: what the device computes best
     inference_models: str = ""  # comma-separated base models a worker serves; empty: all of the catalogue
 
