@@ -56,7 +56,7 @@ def check_resumes(site: Site) -> Iterator[Finding]:
         select(Checkpoint.id, Checkpoint.model_id, TunedModel.storage_key, TunedModel.kind, Job.status)
         .join(TunedModel, TunedModel.id == Checkpoint.model_id)
         .join(Job, Job.id == Checkpoint.job_id)
-        .where(Checkpoint.resumable)
+        .where(Checkpoint.resumable, TunedModel.deleted_at.is_(None))
     )
     with site.snapshot() as session:
         rows = session.execute(query).all()
@@ -140,10 +140,10 @@ def _damage(folder: Path, kind: WeightsKind, *, with_state: bool, quick: bool) -
 
 def _check_json(path: Path) -> None:
     try:
+        if not path.is_file():  # opening a pipe would wait for ever
+            raise DamagedError(f"{path.name} is missing")
         if not isinstance(json.loads(path.read_bytes()), dict):
             raise ValueError("no object")
-    except FileNotFoundError:
-        raise DamagedError(f"{path.name} is missing") from None
     except (OSError, ValueError, RecursionError):
         raise DamagedError(f"{path.name} cannot be read") from None
 
