@@ -14,7 +14,7 @@ from sqlalchemy import func, or_, select, text
 from sqlalchemy.orm import Session
 
 from app.core import attempts, files, idempotency, orphans, served_models, training_states
-from app.core.attempts import Death
+from app.core.attempts import Attempt, Death
 from app.core.db import utc_now
 from app.core.failures import FailureCode
 from app.core.outbox import after_commit
@@ -82,13 +82,22 @@ def _alone(session: Session) -> bool:
 def _requeue_dead(session: Session, storage: Storage, settings: Settings) -> int:
     dead = attempts.find_dead(session)
     for attempt, worker in dead:
+        after_commit(session, partial(storage.delete, attempt.folder_key))
+        if _outlived_the_database(session, attempt):
+            attempts.hand_back(session, attempt, reason="The database was restarted")
+            continue
         reason = f"The worker {worker} that ran attempt {attempt.number} is gone."
         death = Death(reason, FailureCode.WORKER_LOST)
         most, pause_s = settings.max_attempts, settings.retry_pause_s
         status = attempts.requeue(session, attempt, death=death, max_attempts=most, pause_s=pause_s)
-        after_commit(session, partial(storage.delete, attempt.folder_key))
         log.warning("job %s: attempt %d dead on %s, now %s", attempt.job_id, attempt.number, worker, status)
     return len(dead)
+
+
+def _outlived_the_database(session: Session, attempt: Attempt) -> bool:
+    """Whether the attempt began before the server did: its worker may live and could not renew."""
+    earlier = Job.claimed_at < func.pg_postmaster_start_time()
+    return bool(session.scalar(select(earlier).where(Job.id == attempt.job_id)))
 
 
 def _room(sender: Sender, task: Task) -> int:

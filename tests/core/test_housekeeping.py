@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import redis
-from sqlalchemy import update
+from sqlalchemy import func, update
 from sqlalchemy.orm import Session, sessionmaker
 
 from app.core import attempts, housekeeping, jobs
@@ -129,6 +129,16 @@ def test_a_job_that_kills_its_workers_fails_in_the_end(house: House) -> None:
     assert job.error is not None
     assert job.error["code"] == "worker_lost"
     assert "The worker w1 that ran attempt 3 is gone" in job.error["message"]
+
+
+def test_a_restart_of_the_database_costs_an_attempt_but_no_try(house: House) -> None:
+    queue_up(house)
+    for _ in range(SETTINGS.max_attempts + 1):
+        job = claim(house)
+        age(house, lease_expires_at=utc_now() - AGO, claimed_at=func.pg_postmaster_start_time() - AGO)
+        assert clean(house).requeued == 1
+        house.session.refresh(job)
+        assert (job.status, job.deaths) == (JobStatus.QUEUED, 0)
 
 
 def test_a_dead_attempt_of_a_job_that_shall_pause_pauses_it(house: House, client: redis.Redis) -> None:
