@@ -65,9 +65,16 @@ class ProcessTree:
 
     def kill(self) -> bool:
         """End all of them; True once none is left, False where one does not die."""
-        deadline = time.monotonic() + _KILL_S
         self._cgroup.kill()
-        while left := self.members():
+        return self._end(keep=None)
+
+    def end_strays(self, *, keep: int) -> bool:
+        """End all but one; True once nothing else is left."""
+        return self._end(keep=keep)
+
+    def _end(self, *, keep: int | None) -> bool:
+        deadline = time.monotonic() + _KILL_S
+        while left := [process for process in self.members() if process.pid != keep]:
             if time.monotonic() > deadline:
                 log.error("processes that cannot be ended: %s", ", ".join(str(one.pid) for one in left))
                 return False

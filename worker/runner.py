@@ -85,6 +85,7 @@ class Runner:
             Lease(begun_at=claimed_at, safe_s=safe_s, on_unsafe=self._trainer.kill) as lease,
         ):
             AttemptRun(self._context, self._trainer, job, lease=lease, stopping=self.stopping).run()
+        self._trainer.end_strays()
         return True
 
     def _claim(self) -> Job | None:

@@ -150,6 +150,13 @@ class Trainer:
         with self._lock:
             return self._release()
 
+    def end_strays(self) -> None:
+        """End what a job left beside the child, which stays warm for the next one."""
+        with self._lock:
+            process = self._process
+            if self._is_alive and self._tree is not None and process is not None:
+                self._tree.end_strays(keep=process.pid)
+
     def stop(self) -> None:
         """End the child for good: ask it, give it time, kill what is left of it."""
         with self._lock:

@@ -142,6 +142,17 @@ def test_a_new_child_starts_only_once_all_of_the_last_one_is_gone(stage: Stage) 
     assert not is_alive(hidden)
 
 
+@pytest.mark.usefixtures("_groups")
+def test_what_a_job_leaves_behind_is_ended_and_the_child_stays_warm(stage: Stage) -> None:
+    trainer = stage.start("hide(NOTED); time.sleep(300)")
+    hidden = stage.number()
+    process = trainer._process
+    assert process is not None
+    trainer.end_strays()
+    assert not is_alive(hidden)
+    assert is_alive(process.pid)
+
+
 def test_nothing_starts_beside_a_process_that_cannot_be_ended(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
