@@ -34,7 +34,12 @@ def wait_started(run: Run, jobs: list[str], *, since: float, within_s: float = S
     run.check(not waiting, f"{len(waiting)} jobs did not start")
 
 
-@fault("F15", "the broker is killed and comes back empty", bar="queued jobs start <= 15 s after it is back")
+@fault(
+    "F15",
+    "the broker is killed and comes back empty",
+    bar="queued jobs start <= 15 s after it is back",
+    n_all=5,
+)
 def restart_empty(run: Run) -> None:
     with run.pace(0.1):
         for _ in run.rounds():
@@ -76,7 +81,7 @@ def kill_connections(run: Run) -> None:
     run.check(not twice, f"{len(twice)} jobs had more than one attempt")
 
 
-@fault("F20", "one reply swallowed, and with it a hint", bar="the job starts <= 15 s")
+@fault("F20", "one reply swallowed, and with it a hint", bar="the job starts <= 15 s", n_all=5)
 def swallow(run: Run) -> None:
     for _ in run.rounds():
         lines = [run.service.broker[name] for name in TRAINING]
@@ -180,6 +185,7 @@ def repeat_hint(run: Run) -> None:
     "garbage, unknown ids, pickles and 50 MB in the queues",
     bar="dropped; workers live; nothing runs",
     n=1,
+    n_all=3,
 )
 def garbage(run: Run) -> None:
     sender, marker = hint_sender(run), run.service.chaos / "executed"
@@ -250,7 +256,7 @@ def refusing_broker(run: Run) -> None:
     run.check(not run.tenant.answers, f"not every request was accepted: {dict(run.tenant.answers)}")
 
 
-@fault("F25", "a hint delivered after its job was cancelled", bar="not run", n=3, n_all=10)
+@fault("F25", "a hint delivered after its job was cancelled", bar="not run", n=3, n_all=5)
 def hint_after_cancel(run: Run) -> None:
     sender = hint_sender(run)
     for _ in run.rounds():

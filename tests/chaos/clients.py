@@ -15,6 +15,7 @@ from contextlib import ExitStack, suppress
 from typing import Any
 
 import httpx
+import openai
 import psutil
 
 from tests.chaos import truth
@@ -92,7 +93,7 @@ def same_key(run: Run) -> None:
             answers = list(pool.map(lambda _: post(), range(50)))
         codes = Counter(answer.status_code for answer in answers)
         ids = {answer.json()["id"] for answer in answers if answer.status_code == 200}
-        run.check(set(codes) <= {200, 409}, f"answers: {dict(codes)}")
+        run.check(set(codes) <= {200, 409, 503}, f"answers: {dict(codes)}")
         run.check(len(ids) == 1, f"{len(ids)} jobs were made by one key")
         run.check(post().json().get("id") in ids, "the same request, later, is another job")
         other = post({**body, "suffix": "other"})
@@ -110,47 +111,40 @@ def same_key(run: Run) -> None:
     n_all=300,
 )
 def cancel_anywhere(run: Run) -> None:
-    freed: list[float] = []
-    with run.pace(0.03):
-        for _ in run.rounds():
-            job = run.start_job(steps=9, checkpoint_interval=3)
-            time.sleep(run.chance.uniform(0.0, 1.5))
-            with suppress(Exception):  # it may have ended already: 400
-                run.tenant.act(job, "cancel")
-            at = time.monotonic()
-            ended = run.tenant.get(job).status
-            run.check(ended in ("cancelled", "succeeded"), f"{job} is {ended}")
-            late = [step for step in settled_steps(run, job) if step.at > at]
-            freed.append(max((step.at - at for step in late), default=0.0))
-            written = truth.rows(
-                run.service.engine,
-                "SELECT 1 FROM job_events e JOIN jobs j ON j.id = e.job_id WHERE j.id = :job"
-                " AND j.status = 'cancelled' AND e.created_at > j.finished_at + interval '0.05 s'",
-                job=job,
-            )
-            run.check(not written, f"{job}: {len(written)} events were written after the cancel")
-    statuses = Counter(run.tenant.get(job).status for job in run.jobs)
-    run.notes.append(f"{dict(statuses)}; last step of a cancelled job after {max(freed, default=0):.2f} s")
+    cancelled: dict[str, float] = {}
+
+    def live_and_die(moment_s: float) -> None:
+        job = run.start_job(steps=9, checkpoint_interval=3)
+        time.sleep(moment_s)
+        with suppress(openai.BadRequestError):  # it has ended already
+            run.tenant.act(job, "cancel")
+        cancelled[job] = time.monotonic()
+        ended = run.tenant.get(job).status
+        run.check(ended in ("cancelled", "succeeded"), f"{job} is {ended}")
+        run.runs += 1
+
+    with run.pace(0.03), ThreadPoolExecutor(6) as pool:
+        list(pool.map(live_and_die, [run.chance.uniform(0.0, 4.0) for _ in range(run.n)]))
+        time.sleep(2)
+    freed = [step.at - cancelled[step.job] for step in truth.steps(run.service) if step.job in cancelled]
+    statuses = Counter(run.tenant.get(job).status for job in cancelled)
+    run.notes.append(f"{dict(statuses)}; last step of a cancelled job after {max(0.0, *freed, 0.0):.2f} s")
     run.check(max(freed, default=0.0) <= 10, "a device was free later than 10 s after the cancel")
+    written = truth.rows(
+        run.service.engine,
+        "SELECT e.id FROM job_events e JOIN jobs j ON j.id = e.job_id WHERE j.id = ANY(:ids)"
+        " AND j.status = 'cancelled' AND e.sequence > (SELECT max(c.sequence) FROM job_events c"
+        " WHERE c.job_id = j.id AND c.message LIKE '%cancelled%')",
+        ids=list(cancelled),
+    )
+    run.check(not written, f"{len(written)} events were written after a cancel")
     models = truth.rows(
         run.service.engine,
         "SELECT m.id FROM tuned_models m JOIN jobs j ON j.id = m.job_id"
         " WHERE j.status = 'cancelled' AND NOT m.is_checkpoint AND j.id = ANY(:ids)",
-        ids=list(run.jobs),
+        ids=list(cancelled),
     )
     run.check(not models, f"{len(models)} cancelled jobs list a model")
-
-
-def settled_steps(run: Run, job: str) -> list[truth.Step]:
-    """The job's steps once no new one has come for a while."""
-    seen = truth.steps(run.service, job)
-    for _ in range(50):
-        time.sleep(0.2)
-        again = truth.steps(run.service, job)
-        if len(again) == len(seen):
-            return again
-        seen = again
-    return seen
 
 
 @fault(
@@ -289,7 +283,7 @@ def crowding(run: Run) -> None:
         with run.pace(0.1):
             crowd_jobs = run.start_jobs(60, steps=3)
             run.wait_step(crowd_jobs[0])
-            last = run.tenant.get(crowd_jobs[-1])
+            last = run.tenant.wait(crowd_jobs[-1], "queued")
             position = (last.luthier or {}).get("queue_position")
             run.check(
                 isinstance(position, int) and position > 20, f"the last of 60 is told position {position}"

@@ -139,13 +139,16 @@ class Service:
             return f"{', '.join(dead)} ended"
         try:
             answer = httpx.get(f"{self.base_url}/readyz", timeout=5)
-            present = {
-                bytes(key).rsplit(b":", 1)[1].decode() for key in self.redis.scan_iter("luthier:worker:*")
-            }
+            missing = self.absent_trainers()
         except (httpx.HTTPError, redis.RedisError) as error:
             return repr(error)
-        missing = [name for name in TRAINING if not any(self.is_named(name, worker) for worker in present)]
         return answer.text if answer.status_code != 200 else ", ".join(missing)
+
+    def absent_trainers(self) -> list[str]:
+        """Training workers that do not say yet that their trainer is warm."""
+        keys = self.redis.scan_iter("luthier:worker:*")
+        present = {bytes(key).rsplit(b":", 1)[1].decode() for key in keys}
+        return [name for name in TRAINING if not any(self.is_named(name, worker) for worker in present)]
 
     def is_named(self, name: str, worker: str) -> bool:
         """Whether a worker's own name, host-pid-word, is that of this part."""

@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import openai
@@ -29,13 +29,22 @@ def filled(run: Run, *, leave: int) -> Iterator[bool]:
         yield False
         return
     ballast = run.service.storage / "ballast"
-    volume = os.statvfs(run.service.storage)
     try:
-        with ballast.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, max(1, volume.f_bavail * volume.f_bsize - leave))
+        fill(ballast, leave=leave)
         yield True
     finally:
         ballast.unlink(missing_ok=True)
+
+
+def fill(ballast: Path, *, leave: int) -> None:
+    """Make the file as large as its volume allows; others may write at the same time."""
+    for _ in range(50):
+        volume = os.statvfs(ballast.parent)
+        with suppress(OSError), ballast.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, max(1, volume.f_bavail * volume.f_bsize - leave))
+            return
+        ballast.unlink(missing_ok=True)
+    raise TimeoutError("the volume cannot be filled")
 
 
 def room(run: Run) -> int:
@@ -242,6 +251,10 @@ def serve_damaged(run: Run, job: str) -> None:
     changed = bytearray(whole)
     changed[run.chance.randrange(len(whole) // 2, len(whole))] ^= 1
     file.write_bytes(changed)
+    inference = run.service.parts["inference"]
+    inference.stop()  # it read the weights when they were new and whole
+    inference.start()
+    run.service.wait_ready()
     try:
         run.tenant.chat(name)
         run.check(False, "a damaged adapter answered")
@@ -273,7 +286,8 @@ def delete_input(run: Run) -> None:
                     run.tenant.insist(lambda file=file: run.tenant.client.files.delete(file))
                     run.notes.append(f"{state}: deleted")
                 except openai.APIStatusError as error:
-                    run.notes.append(f"{state}: {error.status_code}")
-                    run.check(error.status_code == 409, f"DELETE is answered with {error.status_code}")
+                    run.notes.append(f"{state}: {error.status_code} {error.code}")
+                    refused = error.status_code in (400, 409) and error.code is not None
+                    run.check(refused, f"DELETE is answered with {error.status_code}, {error.code}")
                 run.finish([job, *busy])
                 run.check(run.tenant.get(job).status == "succeeded", f"{job} is {run.tenant.get(job).status}")

@@ -60,14 +60,18 @@ def steps(service: Service, job: str | None = None) -> list[Step]:
 
 
 def claims(service: Service, job: str) -> dict[int, datetime]:
-    """When each attempt of a job was begun."""
+    """When each attempt of a job was claimed; of past ones, when they were first heard of."""
     found = rows(
         service.engine,
         "SELECT attempt, min(created_at) AS at FROM job_events WHERE job_id = :job AND attempt > 0"
-        " GROUP BY attempt",
+        " GROUP BY attempt UNION ALL"
+        " SELECT attempt, claimed_at FROM jobs WHERE id = :job AND claimed_at IS NOT NULL",
         job=job,
     )
-    return {row.attempt: row.at for row in found}
+    begun: dict[int, datetime] = {}
+    for row in found:
+        begun[row.attempt] = min(row.at, begun.get(row.attempt, row.at))
+    return begun
 
 
 def examine(service: Service, tenants: Iterable[Tenant], jobs: set[str], *, failed: set[str]) -> Findings:
