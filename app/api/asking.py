@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 
 from anyio import to_thread
 from fastapi import Request
@@ -16,7 +17,7 @@ from app.api.context import Context
 from app.api.leaving import until_gone
 from app.api.replies import Reply
 from app.core.base_models import BaseModelEntry
-from app.core.completions import CompletionRequest, Sampling, Word
+from app.core.completions import CompletionRequest, Failed, Sampling, Word
 from app.core.errors import InvalidRequest, Unavailable
 from app.core.queue import Task, inference_queue
 from app.core.settings import Settings
@@ -35,6 +36,22 @@ class Asked:
     def words(self, number: int = 0) -> AsyncIterator[list[Word]]:
         """The words of one of the requests."""
         return self._replies[number].words(gap_s=self._gap_s)
+
+    async def all_words(self, *, n: int) -> AsyncIterator[list[Word]]:
+        """The words of all requests as they come; choices of request i have the indices from i × n."""
+        streams = [self.words(number) for number in range(len(self._replies))]
+        waiting = {asyncio.ensure_future(anext(stream)): i for i, stream in enumerate(streams)}
+        try:
+            while waiting:
+                done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    number = waiting.pop(task)
+                    with suppress(StopAsyncIteration):
+                        yield [_moved(word, number * n) for word in task.result()]
+                        waiting[asyncio.ensure_future(anext(streams[number]))] = number
+        finally:
+            for task in waiting:
+                task.cancel()
 
     def close(self) -> None:
         """Nobody reads any more; what is not finished is stopped."""
@@ -77,6 +94,12 @@ def _send(context: Context, asks: Sequence[CompletionRequest]) -> None:
         )
     for one in asks:
         context.sender.send(Task.COMPLETE, queue, one.model_dump(mode="json"))
+
+
+def _moved(word: Word, by: int) -> Word:
+    if isinstance(word, Failed) or by == 0:
+        return word
+    return word.model_copy(update={"index": word.index + by})
 
 
 def expires_at(settings: Settings) -> float:

@@ -11,6 +11,7 @@ from fastapi.responses import HTMLResponse
 from pydantic.json_schema import models_json_schema
 
 from app.api.schemas.chat import CreateChatCompletion
+from app.api.schemas.completions import CreateCompletion
 from app.api.schemas.jobs import CreateJob
 
 router = APIRouter(include_in_schema=False)
@@ -52,7 +53,11 @@ def describe(app: FastAPI) -> dict[str, Any]:
             title=app.title, version=app.version, description=app.description, routes=app.routes
         )
         _, bodies = models_json_schema(
-            [(CreateJob, "validation"), (CreateChatCompletion, "validation")],
+            [
+                (CreateJob, "validation"),
+                (CreateChatCompletion, "validation"),
+                (CreateCompletion, "validation"),
+            ],
             ref_template="#/components/schemas/{model}",
         )
         schema["components"] = schema.get("components", {})

@@ -58,13 +58,17 @@ class Sampling(Wire):
 
 
 class CompletionRequest(Wire):
-    """One chat completion, ready to run: names resolved, rights checked, numbers bounded."""
+    """One completion, ready to run: names resolved, rights checked, numbers bounded.
+
+    Of a conversation, or of a plain `prompt` (text or token ids), in whose place no messages are read.
+    """
 
     id: str
     project_id: str
     base_model: str  # catalogue name; the engine of that base answers
     tuned: TunedWeights | None = None
     messages: list[dict[str, Any]]
+    prompt: str | tuple[int, ...] | None = None
     tools: list[dict[str, Any]] | None = None
     sampling: Sampling = Sampling()
     grammar: str | None = None  # what the answer may say, in llguidance's language; checked by the API

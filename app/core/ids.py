@@ -18,6 +18,7 @@ class Prefix(StrEnum):
     CHECKPOINT = "ftckpt_"
     COMPLETION = "chatcmpl-"
     CALL = "call_"
+    TEXT_COMPLETION = "cmpl-"
     REQUEST = "req_"
     KEY = "key_"
     PROJECT = "proj_"

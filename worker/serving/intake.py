@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from app.core.completions import CompletionRequest, Failed
 from worker.chat_template import ChatTemplate, ChatTemplateError
 from worker.serving.grammar import GrammarError, Grammars
+from worker.serving.prompts import PromptError, Prompts
 from worker.serving.sequence import Completion, open_sequences
 from worker.serving.text import Decoder
 from worker.serving.vocabulary import make_vocabulary
@@ -43,6 +44,7 @@ class Intake:
         self.end_ids = find_end_ids(tokenizer, model, self._template)
         self._tokens = make_vocabulary(tokenizer, size=self._vocabulary, end_ids=self.end_ids)
         self._grammars = Grammars(self._tokens)
+        self._prompts = Prompts(tokenizer, vocabulary=self._vocabulary)
 
     def prepare(self, request: CompletionRequest) -> None:
         """Do what takes long, in the caller's thread, so that `open` stalls no stream. Raises Refused."""
@@ -75,6 +77,11 @@ class Intake:
                 raise _invalid("logit_bias", text + f"its tokens are 0 to {self._vocabulary - 1}.")
 
     def _encode(self, request: CompletionRequest) -> list[int]:
+        if request.prompt is not None:
+            try:
+                return self._prompts.encode(request.prompt)
+            except PromptError as error:
+                raise _invalid("prompt", str(error)) from error
         try:
             return self._template.encode_prompt(request.messages, request.tools)
         except ChatTemplateError as error:
@@ -88,28 +95,29 @@ class Intake:
         asked = request.sampling.max_tokens
         if asked is not None and asked < 1:
             raise _invalid("max_tokens", f"max_tokens is {asked}, but must be at least 1.")
+        what = "messages" if request.prompt is None else "prompt"
         if prompt_tokens == 0:
-            raise _invalid("messages", "The messages come to no tokens at all; write something in them.")
+            raise _invalid(what, f"The {what} comes to no tokens at all; write something in it.")
         if prompt_tokens + (asked or 1) > self.context_length:
-            raise Refused(self._too_long(prompt_tokens, asked))
+            raise Refused(self._too_long(prompt_tokens, asked, what=what))
         return asked if asked is not None else self.context_length - prompt_tokens
 
-    def _too_long(self, prompt_tokens: int, asked: int | None) -> Failed:
+    def _too_long(self, prompt_tokens: int, asked: int | None, *, what: str) -> Failed:
         limit = f"This model's maximum context length is {self.context_length} tokens."
         if asked is None or prompt_tokens >= self.context_length:
-            counted = f"However, your messages resulted in {prompt_tokens} tokens."
-            cure = f"Please reduce the length of the messages to at most {self.context_length - 1} tokens."
+            counted = f"However, your {what} resulted in {prompt_tokens} tokens."
+            cure = f"Please reduce the length of the {what} to at most {self.context_length - 1} tokens."
         else:
             counted = (
                 f"However, you requested {prompt_tokens + asked} tokens "
-                f"({prompt_tokens} in the messages, {asked} in the completion)."
+                f"({prompt_tokens} in the {what}, {asked} in the completion)."
             )
             cure = (
-                "Please reduce the length of the messages, "
+                f"Please reduce the length of the {what}, "
                 f"or max_tokens to at most {self.context_length - prompt_tokens}."
             )
         message = f"{limit} {counted} {cure}"
-        return Failed(status=400, code="context_length_exceeded", message=message, param="messages")
+        return Failed(status=400, code="context_length_exceeded", message=message, param=what)
 
 
 def find_end_ids(
