@@ -52,13 +52,16 @@ clients: $(VENV)/dev.stamp ## run the whole flow with older releases of the offi
 bench-flow: $(VENV)/run.stamp ## measure how long a user waits at the seams of a job; ARGS='--runs 5'
 	$(VENV)/bin/python benchmarks/flow.py --data-dir build/bench-flow $(ARGS)
 
+bench-serve: $(VENV)/dev.stamp $(WEIGHTS) ## measure the engine beside plain peft; ARGS='--runs 5'
+	PYTHONPATH=. OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(VENV)/bin/python benchmarks/serve.py $(ARGS)
+
 migration: $(VENV)/dev.stamp ## draft a migration from the change in the tables; NAME='add x to y'
 	@$(RUN) migrations.draft "$(NAME)"
 
 clean: ## remove the environment and what tools left; data stays
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 
-.PHONY: help demo up setup check fmt test chaos chaos-all soak bare clients bench-flow migration clean
+.PHONY: help demo up setup check fmt test chaos chaos-all soak bare clients bench-flow bench-serve migration clean
 
 # A stamp is as old as the installation it stands for.
 $(VENV)/run.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python

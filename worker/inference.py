@@ -240,6 +240,8 @@ class Inference:
         limits = EngineLimits(
             max_batch=settings.max_batch,
             max_tokens_in_flight=settings.max_tokens_in_flight,
+            prefill_tokens=settings.prefill_tokens,
+            prefix_bytes=settings.prefix_cache_mb * 10**6,
             adapter_bytes=settings.adapter_memory_mb * 10**6,
         )
         dtype = _DTYPES[settings.inference_dtype]

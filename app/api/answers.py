@@ -22,10 +22,12 @@ class Usage:
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cached_tokens: int = 0
 
     def add(self, word: Finished) -> None:
         """Count a finished choice."""
         self.prompt_tokens = word.prompt_tokens
+        self.cached_tokens = word.cached_tokens
         self.completion_tokens += word.completion_tokens
 
     def as_json(self) -> dict[str, Any]:
@@ -34,6 +36,7 @@ class Usage:
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
 
 

@@ -107,6 +107,7 @@ class Finished(Wire):
     reason: FinishReason
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0  # of the prompt, not computed again
 
 
 class Failed(Wire):

@@ -61,7 +61,12 @@ def test_an_answer_is_whole_and_counts_its_tokens(tenant: Tenant, worker: Infere
     answer = chat(tenant, n=2).json()
     assert [choice["index"] for choice in answer["choices"]] == [0, 1]
     assert {choice["message"]["content"] for choice in answer["choices"]} == {"Hello world"}
-    assert answer["usage"] == {"prompt_tokens": 7, "completion_tokens": 4, "total_tokens": 11}
+    assert answer["usage"] == {
+        "prompt_tokens": 7,
+        "completion_tokens": 4,
+        "total_tokens": 11,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
     assert answer["model"] == DEFAULT_BASE_MODEL
     assert "tool_calls" not in answer["choices"][0]["message"]
 
@@ -166,7 +171,12 @@ def test_usage_comes_last_when_asked_for(tenant: Tenant, worker: InferenceWorker
     assert [chunk["usage"] for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
     assert chunks[-2]["choices"][0]["finish_reason"] == "length"
     assert chunks[-1]["choices"] == []
-    assert chunks[-1]["usage"] == {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
+    assert chunks[-1]["usage"] == {
+        "prompt_tokens": 7,
+        "completion_tokens": 3,
+        "total_tokens": 10,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
 
 
 def test_words_leave_as_they_come(tenant: Tenant, worker: InferenceWorker) -> None:

@@ -15,7 +15,7 @@ from tests.serving.conftest import CPU, quiet_peft
 from tests.serving.listener import until
 from worker.base_model import load_base_model, load_tokenizer
 from worker.chat_template import ChatTemplate
-from worker.serving.batch import ModelGroup
+from worker.serving.batch import GroupLimits, ModelGroup
 from worker.serving.intake import Intake
 from worker.serving.sequence import Sequence
 
@@ -58,7 +58,8 @@ def reference(tiny_dir: Path, adapters: list[TunedWeights]):
 
 def make_group(tiny_dir: Path, **limits: int) -> tuple[ModelGroup, Intake]:
     model = load_base_model(tiny_dir, quantize_4bit=False, device=CPU, dtype=torch.float32)
-    group = ModelGroup(model, **({"max_batch": 8, "max_tokens": 8192, "adapter_bytes": 10**9} | limits))
+    defaults = {"max_batch": 8, "max_tokens": 8192, "adapter_bytes": 10**9}
+    group = ModelGroup(model, GroupLimits(**(defaults | limits)))
     return group, Intake(load_tokenizer(tiny_dir), model, chat_template=None)
 
 
@@ -70,16 +71,20 @@ def admit(group: ModelGroup) -> Sequence:
 
 
 @torch.inference_mode()
-def run(group: ModelGroup, intake: Intake, requests: list[CompletionRequest]) -> list[list[int]]:
-    """Answer all, one more choice joining at each step; their ids."""
+def run(
+    group: ModelGroup, intake: Intake, requests: list[CompletionRequest], *, limit: int | None = None
+) -> list[list[int]]:
+    """Answer all, one more choice joining at each step; their ids. `limit`: prompt tokens a step."""
     completions = [intake.open(request) for request in requests]
     choices = [(sequence, len(c.prompt_ids)) for c in completions for sequence in c.sequences]
     waiting = [sequence for sequence, _ in choices]
     while waiting or not group.idle:
         if waiting:
             group.queue.push(waiting.pop(0))
-        while sequence := group.admit():
-            group.prefill(sequence)
+        while sequence := group.filling or group.admit():
+            group.prefill(sequence, limit)
+            if limit is not None:
+                break
         if group.rows:
             group.decode()
     return [sequence.ids[start:] for sequence, start in choices]
@@ -99,6 +104,24 @@ def test_rows_joining_over_time_get_the_tokens_they_get_alone(tiny_dir, make_req
     expected = [reference(request) for request in requests]
     assert got == expected
     assert len({tuple(ids[:6]) for ids in expected}) > 8  # the adapters and prompts do make a difference
+
+
+@pytest.mark.parametrize("limit", [1, 7, 64])
+def test_prompts_computed_in_parts_beside_running_rows_change_nothing(
+    tiny_dir, make_request, adapters, reference, limit
+):
+    requests = mixed_requests(make_request, adapters, 10)
+    group, intake = make_group(tiny_dir, max_batch=4)
+    assert run(group, intake, requests, limit=limit) == [reference(request) for request in requests]
+
+
+def test_known_beginnings_of_prompts_change_nothing(tiny_dir, make_request, adapters, reference):
+    requests = mixed_requests(make_request, adapters, 16)
+    group, intake = make_group(tiny_dir, prefix_bytes=10**8)
+    expected = [reference(request) for request in requests]
+    assert run(group, intake, requests) == expected
+    assert run(group, intake, requests, limit=16) == expected  # all known now
+    assert group.prefixes.size_bytes > 0
 
 
 def test_rows_sent_back_for_lack_of_memory_get_the_same_tokens(tiny_dir, make_request, adapters, reference):
@@ -121,10 +144,10 @@ def test_a_choice_sent_back_does_not_begin_again_from_its_sibling(
     joined = []
     prefill = group.prefill
 
-    def watch(sequence):
+    def watch(sequence, limit):
         others = [other.completion for other in group.rows]
         joined.append((sequence.made_tokens > 0, sequence.completion in others))
-        prefill(sequence)
+        return prefill(sequence, limit)
 
     group.prefill = watch
     expected = reference(pair)

@@ -1,13 +1,16 @@
 """One model and the sequences that run on it together: they join and leave between two steps.
 
-A new sequence is computed by itself (prefill, exact), then its row joins the others, whatever adapter each
-row uses. When the token budget is full, the youngest row gives its place back and is computed again later.
+A new sequence is computed by itself (prefill, exact), some tokens between two steps of the others, then its
+row joins them, whatever adapter each row uses. What another prompt of the same project and weights began
+with is not computed again. When the token budget is full, the youngest row gives its place back and is
+computed again later.
 Knows models, rows and adapters; nothing of threads, requests' words or the world outside.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -17,7 +20,10 @@ from torch import Tensor
 from app.core.completions import TunedWeights, WeightsKind
 from worker.serving.adapter_files import ModelUnavailable
 from worker.serving.adapters import BASE, AdapterSet
+from worker.serving.attention import use_row_attention
 from worker.serving.cache import SlotCache
+from worker.serving.linears import pack_linears
+from worker.serving.prefixes import BLOCK, PrefixCache, block_names
 from worker.serving.sampling import choose_tokens
 from worker.serving.scheduler import FairQueue
 from worker.serving.sequence import Completion, Sequence
@@ -37,31 +43,44 @@ class CannotBegin(Exception):
         self.reason = reason
 
 
+@dataclass(frozen=True, slots=True)
+class GroupLimits:
+    """What one model may hold at once."""
+
+    max_batch: int  # rows
+    max_tokens: int  # rows x longest row; at least one whole context
+    adapter_bytes: int  # adapters in memory
+    prefix_bytes: int = 0  # known beginnings of prompts
+
+
 class ModelGroup:
-    """A model, its waiting line and its running batch; row i of the cache belongs to `rows[i]`."""
+    """A model, its waiting line and its running batch; row i of the cache belongs to `rows[i]`.
+
+    `filling`: the one sequence whose prompt is computed in part; its row is behind all others.
+    """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        *,
-        max_batch: int,
-        max_tokens: int,
-        adapter_bytes: int,
-        on_read: Callable[[], None] = lambda: None,
+        self, model: PreTrainedModel, limits: GroupLimits, *, on_read: Callable[[], None] = lambda: None
     ) -> None:
         refuse_special_attention(model)
+        use_row_attention(model)
+        pack_linears(model)
         self.model = model
         self._device = model.device
         self.context_length: int = model.config.max_position_embeddings
-        self.adapters = AdapterSet(model, budget_bytes=adapter_bytes, max_slots=max_batch, on_read=on_read)
-        self._max_batch = max_batch
+        self.adapters = AdapterSet(
+            model, budget_bytes=limits.adapter_bytes, max_slots=limits.max_batch, on_read=on_read
+        )
+        self._max_batch = limits.max_batch
         self.cache = SlotCache(
             model.config.num_hidden_layers,
-            max_rows=max_batch,
-            max_tokens=max(max_tokens, self.context_length),  # one sequence alone always fits
+            max_rows=limits.max_batch,
+            max_tokens=max(limits.max_tokens, self.context_length),  # one sequence alone always fits
             device=model.device,
         )
+        self.prefixes = PrefixCache(limits.prefix_bytes)
         self.queue = FairQueue()
+        self.filling: Sequence | None = None
         self.rows: list[Sequence] = []
         self._age: list[Sequence] = []  # running sequences, oldest first
         self.preemptions = 0
@@ -69,7 +88,7 @@ class ModelGroup:
     @property
     def idle(self) -> bool:
         """Nothing runs and nothing waits."""
-        return not self.rows and not self.queue
+        return not self.rows and not self.queue and self.filling is None
 
     def admit(self) -> Sequence | None:
         """Give the next waiting sequence a row, if there is one and it fits.
@@ -93,42 +112,72 @@ class ModelGroup:
                 return None
         return None
 
-    def prefill(self, sequence: Sequence) -> None:
-        """Compute an admitted sequence up to its first new token, in a row of its own; O(T) tokens."""
-        source = self._row_with_prompt(sequence)
-        logits_1V = sequence.completion.prompt_logits
-        if source is not None and logits_1V is not None:
-            self._take_row(sequence, self.cache.fork_row(source, len(sequence.ids)))
-        else:
-            row = self.cache.add_row()
-            self._take_row(sequence, row)
-            logits_1V = self._forward(row, [sequence.ids], [sequence])
+    def prefill(self, sequence: Sequence, limit: int | None = None) -> int:
+        """Compute at most `limit` tokens of an admitted sequence; returns how many, O(T).
+
+        With the last of them comes its first new token, and its row joins the others; until then it is
+        `filling`, and no other can be admitted.
+        """
+        if sequence is not self.filling:
+            source = self._row_with_prompt(sequence)
+            logits_1V = sequence.completion.prompt_logits
+            if source is not None and logits_1V is not None:
+                self._join(sequence, self.cache.fork_row(source, len(sequence.ids)))
+                self._accept([sequence], logits_1V)
+                return 0
+            sequence.row = self.cache.add_row()
+            self.filling = sequence
+            self._reuse(sequence, sequence.row)
+        row = len(self.rows)
+        start = self.cache.lengths[row]
+        ids = sequence.ids[start : None if limit is None else start + limit]
+        logits_1V = self._forward(row, [ids], [sequence])
+        if start + len(ids) == len(sequence.ids):
             if len(sequence.completion.sequences) > 1 and not sequence.made_tokens:
                 sequence.completion.prompt_logits = logits_1V
-        self._accept([sequence], logits_1V)
+            self._keep(sequence, row, logits_1V)
+            self.filling = None
+            self._join(sequence, row)
+            self._accept([sequence], logits_1V)
+        return len(ids)
 
     def decode(self) -> list[Sequence]:
         """One new token for every row; returns those. Rows without room go back to the line first."""
-        while not self.cache.reserve(len(self.rows), min(self.cache.longest + 1, self.context_length)):
+        while not self.cache.reserve(
+            len(self.cache.lengths), min(self.cache.longest + 1, self.context_length)
+        ):
             self._preempt()
         rows = list(self.rows)
-        logits_BV = self._forward(0, [sequence.ids[-1:] for sequence in rows], rows)
-        self._accept(rows, logits_BV)
+        if rows:
+            logits_BV = self._forward(0, [sequence.ids[-1:] for sequence in rows], rows)
+            self._accept(rows, logits_BV)
         return rows
 
     def leave(self, sequence: Sequence) -> None:
         """Free the sequence's adapter and its row, if it has one; the last row takes its place."""
         self.adapters.release(sequence.adapter)
         sequence.adapter = None
-        row = sequence.row
+        row, sequence.row = sequence.row, None
         if row is None:
             return
-        self.cache.remove_row(row)
+        if sequence is self.filling:
+            self.filling = None
+            self.cache.remove_row(row)
+            return
         last = self.rows.pop()
         if last is not sequence:
+            self.cache.replace_row(row, len(self.rows))
             self.rows[row], last.row = last, row
+        self.cache.remove_row(len(self.rows))  # the one that is filling, if any, comes one place forward
+        if self.filling is not None:
+            self.filling.row = len(self.rows)
         self._age.remove(sequence)
-        sequence.row = None
+
+    def abandon(self) -> None:
+        """Forget all rows, and what was kept of prompts, after a failure."""
+        self.filling = None
+        self.prefixes.clear()
+        self.cache.clear()
 
     def drop(self, completion: Completion) -> None:
         """Take all of a completion's sequences out of the line and the batch."""
@@ -143,15 +192,15 @@ class ModelGroup:
         count = ids_BT.shape[1]
         step = self.cache.begin(first, len(ids), new_tokens=count)
         positions_BT = step.starts_B[:, None] + torch.arange(count, device=self._device)
-        mask_B11L = None  # plain causal attention
-        if not step.uniform:
-            keys_L = torch.arange(step.longest + 1, device=self._device)
-            mask_B11L = (keys_L <= step.starts_B[:, None])[:, None, None, :]
+        mask_B1TL = None  # plain causal attention
+        if not step.uniform or (count > 1 and step.longest > 0):
+            keys_L = torch.arange(step.longest + count, device=self._device)
+            mask_B1TL = (keys_L <= positions_BT[:, :, None])[:, None]
         self.adapters.route([sequence.adapter or BASE for sequence in rows], one_token=count == 1)
         output = self.model(
             input_ids=ids_BT,
             position_ids=positions_BT,
-            attention_mask=mask_B11L,
+            attention_mask=mask_B1TL,
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
@@ -170,13 +219,29 @@ class ModelGroup:
             if sequence.reason is not None:
                 self.leave(sequence)
 
-    def _take_row(self, sequence: Sequence, row: int) -> None:
+    def _reuse(self, sequence: Sequence, row: int) -> None:
+        """Begin with what is known of its tokens; the last one is always computed, for its logits."""
+        names = block_names(_owner(sequence), sequence.ids[:-1])
+        for block in self.prefixes.find(names):
+            self.cache.append_tokens(row, block)
+        if not sequence.made_tokens:
+            sequence.completion.cached_tokens = self.cache.lengths[row]
+
+    def _keep(self, sequence: Sequence, row: int, logits_1V: Tensor) -> None:
+        """Remember a computed prompt, unless it came to something that is not a number."""
+        if not bool(logits_1V.isfinite().all()):
+            return
+        for index, name in enumerate(block_names(_owner(sequence), sequence.completion.prompt_ids)):
+            if name not in self.prefixes:
+                self.prefixes.add(name, self.cache.read_tokens(row, index * BLOCK, BLOCK))
+
+    def _join(self, sequence: Sequence, row: int) -> None:
         sequence.row = row
         self.rows.append(sequence)
         self._age.append(sequence)
 
     def _preempt(self) -> None:
-        youngest = self._age[-1]
+        youngest = self.filling or self._age[-1]
         self.leave(youngest)
         self.queue.push_front(youngest)
         self.preemptions += 1
@@ -195,6 +260,11 @@ def refuse_special_attention(model: PreTrainedModel) -> None:
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
     if layer_types != {"full_attention"} or getattr(config, "sliding_window", None) is not None:
         raise ValueError(f"{config.model_type} models with special attention layers cannot be batched here")
+
+
+def _owner(sequence: Sequence) -> tuple[str, str]:
+    """Whose prefixes it may use: those of its project on its weights."""
+    return sequence.completion.request.project_id, sequence.adapter or BASE
 
 
 def _adapter_of(completion: Completion) -> TunedWeights | None:

@@ -171,6 +171,31 @@ class SlotCache(Cache):
         self.lengths.append(length)  # last: a copy that failed has taken no row
         return target
 
+    def replace_row(self, row: int, source: int) -> None:
+        """Make `row` hold what `source` holds, and nothing of what it held."""
+        for layer in self.slots:
+            layer.copy_row(source, row, length=self.lengths[source], old_length=self.lengths[row])
+        self.lengths[row] = self.lengths[source]
+
+    def read_tokens(self, row: int, start: int, count: int) -> Tensor:
+        """A copy of the keys and values of `count` tokens: layers, 2, heads, tokens, head size."""
+        part = slice(start, start + count)
+        return torch.stack(
+            [
+                torch.stack((layer.keys_RHLD[row, :, part], layer.values_RHLD[row, :, part]))
+                for layer in self.slots
+            ]
+        )
+
+    def append_tokens(self, row: int, tokens: Tensor) -> None:
+        """Put what `read_tokens` gave behind a row's end; the row has room."""
+        start = self.lengths[row]
+        part = slice(start, start + tokens.shape[3])
+        for layer, (keys_HTD, values_HTD) in zip(self.slots, tokens, strict=True):
+            layer.keys_RHLD[row, :, part] = keys_HTD
+            layer.values_RHLD[row, :, part] = values_HTD
+        self.lengths[row] = part.stop
+
     def remove_row(self, row: int) -> None:
         """Free `row`; the last row in use takes its place. The freed memory is zeroed.
 

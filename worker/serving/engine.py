@@ -21,7 +21,7 @@ import torch
 from app.core.completions import CompletionRequest, Failed, TunedWeights
 from worker.base_model import load_base_model, load_tokenizer, pick_device
 from worker.serving.adapter_files import ModelUnavailable
-from worker.serving.batch import ModelGroup
+from worker.serving.batch import GroupLimits, ModelGroup
 from worker.serving.intake import Intake, Refused
 from worker.serving.loop import ENGINE_ERROR, Loop
 from worker.serving.models import ModelSet
@@ -43,7 +43,8 @@ class EngineLimits:
     max_tokens_in_flight: int = 16_384  # rows x longest row, per model; at least one whole context
     adapter_bytes: int = 2 * 2**30  # LoRA adapters in memory; those of running rows are there twice
     max_full_models: int = 1  # whole tuned models in memory beside the base
-    prefill_tokens: int = 512  # prompt tokens between two decoding steps; at least one prompt
+    prefix_bytes: int = 256 * 2**20  # keys and values of prompts' beginnings, per model
+    prefill_tokens: int = 256  # prompt tokens between two decoding steps
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ class Engine:
         return EngineStats(
             alive=True,
             seconds_since_turn=0.0,
-            running=sum(len(group.rows) for group in groups),
+            running=sum(len(group.cache.lengths) for group in groups),
             waiting=sum(len(group.queue) for group in groups),
             loading=self._loop.loading,
             adapters=len(groups[0].adapters),
@@ -213,13 +214,13 @@ class Engine:
 
     def _load_group(self, folder: Path) -> ModelGroup:
         model = load_base_model(folder, quantize_4bit=False, device=self._device, dtype=self._dtype)
-        return ModelGroup(
-            model,
+        limits = GroupLimits(
             max_batch=self._limits.max_batch,
             max_tokens=self._limits.max_tokens_in_flight,
             adapter_bytes=self._limits.adapter_bytes,
-            on_read=self._wake,
+            prefix_bytes=self._limits.prefix_bytes,
         )
+        return ModelGroup(model, limits, on_read=self._wake)
 
 
 def _nothing() -> None:

@@ -50,7 +50,7 @@ class Loop:
     @property
     def busy(self) -> bool:
         """There is something to compute now; who waits for a file does not count."""
-        return self._moved or any(group.rows for group in self.models.groups)
+        return self._moved or any(group.rows or group.filling for group in self.models.groups)
 
     @property
     def loading(self) -> int:
@@ -107,16 +107,16 @@ class Loop:
 
     def _admit(self, group: ModelGroup) -> None:
         spent = 0
-        while spent < self._prefill_tokens and (sequence := group.queue.peek()) is not None:
+        while spent < self._prefill_tokens and (sequence := group.filling or group.queue.peek()) is not None:
             try:
-                admitted = group.admit()
+                admitted = group.filling or group.admit()
                 if admitted is None:
                     return
                 self._moved = True
                 sequence = admitted
-                spent += len(sequence.ids)
-                group.prefill(sequence)
-                self._hand_out([sequence])
+                spent += group.prefill(sequence, self._prefill_tokens - spent)
+                if sequence is not group.filling:
+                    self._hand_out([sequence])
             except CannotBegin as error:
                 self._moved = True
                 self._fail(error.sequence.completion, unavailable(error.reason))
@@ -193,7 +193,7 @@ class Loop:
         for completion, owner in list(self._placed.values()):
             if owner is group:
                 self._fail(completion, ENGINE_ERROR)
-        group.cache.clear()
+        group.abandon()
         if self._failed_steps >= MAX_FAILED_STEPS:
             raise
 

@@ -33,6 +33,7 @@ class Completion:
     sequences: list[Sequence] = field(default_factory=list)
     words: list[Word] = field(default_factory=list)  # of the current step, not yet handed out
     prompt_logits: Tensor | None = None  # 1V, of the prompt's last token, kept for the other choices
+    cached_tokens: int = 0  # of the prompt, known from an earlier one
     broken: bool = False  # the model gave numbers that are not numbers
     started: bool = False  # a word has been handed out
 
@@ -134,6 +135,7 @@ class Sequence:
                 reason=self.reason,
                 prompt_tokens=len(self.completion.prompt_ids),
                 completion_tokens=self.made_tokens,
+                cached_tokens=self.completion.cached_tokens,
             )
         )
 
