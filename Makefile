@@ -7,6 +7,7 @@ PYTHON := python3 python3.13 python3.12 python3.11
 EXTRAS := api worker
 VENV := .venv
 RUN := $(VENV)/bin/python -m
+PEERS := build/peers
 WEIGHTS := $(VENV)/models/smollm2-135m-instruct/luthier.json
 PIP := $(RUN) pip --disable-pip-version-check install --no-input -c $(VENV)/constraints.txt
 
@@ -55,13 +56,16 @@ bench-flow: $(VENV)/run.stamp ## measure how long a user waits at the seams of a
 bench-serve: $(VENV)/dev.stamp $(WEIGHTS) ## measure the engine beside plain peft; ARGS='--runs 5'
 	PYTHONPATH=. OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(VENV)/bin/python benchmarks/serve.py $(ARGS)
 
+bench-train: $(VENV)/run.stamp $(WEIGHTS) $(PEERS)/train.stamp ## measure training against TRL; ARGS='b1 --rows 32 --epochs 1'
+	PYTHONPATH=. $(VENV)/bin/python benchmarks/train.py --model-dir $(dir $(WEIGHTS)) --peer-python $(PEERS)/train/bin/python $(ARGS)
+
 migration: $(VENV)/dev.stamp ## draft a migration from the change in the tables; NAME='add x to y'
 	@$(RUN) migrations.draft "$(NAME)"
 
 clean: ## remove the environment and what tools left; data stays
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 
-.PHONY: help demo up setup check fmt test chaos chaos-all soak bare clients bench-flow bench-serve migration clean
+.PHONY: help demo up setup check fmt test chaos chaos-all soak bare clients bench-flow bench-serve bench-train migration clean
 
 # A stamp is as old as the installation it stands for.
 $(VENV)/run.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
@@ -71,6 +75,11 @@ $(VENV)/run.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/dev.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@$(call install,api$(,)worker$(,)embedded$(,)dev)
 	@touch $@ $(VENV)/run.stamp
+
+$(PEERS)/train.stamp: benchmarks/train_peer.txt | $(VENV)/bin/python
+	@$(RUN) venv --clear $(PEERS)/train
+	@$(PEERS)/train/bin/python -m pip --disable-pip-version-check install --no-input -q -r benchmarks/train_peer.txt
+	@touch $@
 
 # The tests contact nothing but this machine, so the weights of the built-in model are there before them.
 $(WEIGHTS): app/core/catalogue.toml | $(VENV)/dev.stamp

@@ -29,6 +29,7 @@ class FailureCode(StrEnum):
     INVALID_VALUE = "invalid_value"
     NO_TRAINABLE_TOKENS = "no_trainable_tokens"
     NON_FINITE_LOSS = "non_finite_loss"
+    NON_FINITE_ADAPTER = "non_finite_adapter"  # or zero
     OUT_OF_MEMORY = "out_of_memory"  # of the device
     HOST_OUT_OF_MEMORY = "host_out_of_memory"
     STORAGE_FULL = "storage_full"
@@ -51,6 +52,7 @@ FAULTS: dict[FailureCode, Fault] = {
             _F.INVALID_VALUE,
             _F.NO_TRAINABLE_TOKENS,
             _F.NON_FINITE_LOSS,
+            _F.NON_FINITE_ADAPTER,
         ),
         Fault.USER,
     ),

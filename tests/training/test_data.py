@@ -178,30 +178,29 @@ def test_flat_batches_restart_positions_and_pair_each_label_with_the_token_befor
     batch = flatten([first, second], CPU)
     assert batch.ids.tolist() == [5, 6, 8]  # a last label and what follows it predict nothing
     assert batch.positions.tolist() == [0, 1, 0]
-    assert (batch.prefix, batch.lengths) == (0, (2, 1))
+    assert (batch.parents, batch.lengths) == ((-1, -1), (2, 1))
     assert batch.rows.tolist() == [1, 2]
     assert batch.labels.tolist() == [7, 9]
 
 
-def test_a_shared_beginning_stands_in_front_once() -> None:
-    first = TokenizedExample([1, 2, 3, 4, 5], [False, False, False, True, True])
-    second = TokenizedExample([1, 2, 3, 6], [False, False, False, True])
-    batch = flatten([first, second], CPU, share_prefix=True)
-    assert (batch.prefix, batch.lengths) == (2, (2, 1))  # token 3 predicts 4 here and 6 there
-    assert batch.ids.tolist() == [1, 2, 3, 4, 3]
-    assert batch.positions.tolist() == [0, 1, 2, 3, 2]
-    assert batch.rows.tolist() == [2, 3, 4]
-    assert batch.labels.tolist() == [4, 5, 6]
+def test_a_shared_beginning_stands_in_front_once_whatever_is_trained_in_it() -> None:
+    start = list(range(1, 11))
+    first = TokenizedExample([*start, 20, 21], [False] * 9 + [True] * 3)
+    second = TokenizedExample([*start, 30], [False] * 9 + [True] * 2)
+    batch = flatten([first, second], CPU, share_prefixes=True)
+    assert (batch.parents, batch.lengths) == ((-1, 0), (10, 1))
+    assert batch.ids.tolist() == [*start, 20]
+    assert batch.positions.tolist() == list(range(11))
+    assert batch.rows.tolist() == [8, 9, 10, 8, 9]  # both examples train token 10, and what follows it
+    assert batch.labels.tolist() == [10, 20, 21, 10, 30]
 
 
-@pytest.mark.parametrize(
-    "batch",
-    [
-        [TokenizedExample([1, 2, 3], [False, False, True])],
-        [TokenizedExample([1, 2, 3], [False, True, True]), TokenizedExample([9, 2], [False, True])],
-        [TokenizedExample([1, 2, 3], [False, True, True])] * 2,
-    ],
-    ids=["one example", "different beginnings", "labels from the start"],
-)
-def test_without_a_shared_beginning_nothing_is_shared(batch: list[TokenizedExample]) -> None:
-    assert flatten(batch, CPU, share_prefix=True).prefix == 0
+def test_examples_that_begin_alike_fill_one_pass_together() -> None:
+    def example(start: int, end: int) -> TokenizedExample:
+        return TokenizedExample([start] * 20 + [end], [False] * 20 + [True])
+
+    batch = [example(start, end) for end in range(3, 7) for start in (1, 2)]
+    parts = list(micro_batches(batch, 30, share_prefixes=True))
+    assert [[e.ids[0] for e in part] for part in parts] == [[1] * 4, [2] * 4]
+    assert sorted(e.ids for part in parts for e in part) == sorted(e.ids for e in batch)
+    assert [len(flatten(part, CPU, share_prefixes=True).ids) for part in parts] == [20, 20]

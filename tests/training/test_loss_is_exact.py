@@ -71,12 +71,18 @@ def peft_reference(tiny_dir: Path, spec: TrainSpec) -> torch.nn.Module:
     return get_peft_model(base, config)
 
 
-def with_prefix_of(first: TokenizedExample, other: TokenizedExample) -> TokenizedExample:
-    """A third example which begins like `first` far beyond the two's own beginning."""
-    at = first.is_label.index(True)
-    return TokenizedExample(
-        first.ids[: at - 1] + other.ids[-9:], first.is_label[: at - 1] + other.is_label[-9:]
-    )
+def many_turns(tiny_dir: Path) -> list[TokenizedExample]:
+    """A tree: two system prompts, conversations kept after each of their turns, one row twice."""
+    template = ChatTemplate(load_tokenizer(tiny_dir))
+    batch = []
+    for system in ("You answer. " * 4, "You are a helpful assistant. " * 3):
+        for subject in ("order", "kettle"):
+            messages = [{"role": "system", "content": system}]
+            for turn in range(3):
+                messages.append({"role": "user", "content": f"Where is my {subject} {turn}?"})
+                messages.append({"role": "assistant", "content": f"The {subject} is yes {turn * 7}."})
+                batch.append(template.encode_example(list(messages)))
+    return [*batch[::2], *batch[1::2], batch[4]]
 
 
 def random_factors(tuned: TunedModel) -> None:
@@ -89,7 +95,7 @@ def random_factors(tuned: TunedModel) -> None:
 
 @pytest.mark.parametrize("adapter", list(Adapter))
 @pytest.mark.parametrize("max_tokens", [10_000, 60], ids=["one pass", "several passes"])
-@pytest.mark.parametrize("shared", [False, True], ids=["", "shared prefix"])
+@pytest.mark.parametrize("shared", [False, True], ids=["", "shared prefixes"])
 def test_loss_and_gradients_equal_a_plain_padded_peft_loop(
     tiny_dir: Path,
     warm: WarmBase,
@@ -100,7 +106,7 @@ def test_loss_and_gradients_equal_a_plain_padded_peft_loop(
     shared: bool,
 ) -> None:
     if shared:
-        batch = [*batch[:2], with_prefix_of(batch[0], batch[1])]
+        batch = many_turns(tiny_dir)
     spec = make_spec(adapter=adapter)
     with tuned_model(spec, warm) as tuned:
         tuned.max_tokens = max_tokens

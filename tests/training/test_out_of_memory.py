@@ -37,7 +37,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     sums = TunedModel.sums
 
     def limited(tuned: TunedModel, examples: Sequence[TokenizedExample]) -> Sums:
-        tokens = sum(len(example.ids) for example in examples)
+        tokens = sum(tuned.flat(examples).lengths)
         result = sums(tuned, examples)  # random numbers are drawn, memory is taken: then there is no more
         if device.taken_at == len(device.passes) or (device.room is not None and tokens > device.room):
             device.taken_at = None

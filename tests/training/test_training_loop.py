@@ -24,6 +24,7 @@ from worker.training import pulse
 from worker.training.errors import failure_of
 from worker.training.loop import learning_rate_at, train
 from worker.training.model import WarmBase, tuned_model
+from worker.training.record import RECORD
 from worker.training.words import (
     TRAIN_WORD,
     Adapter,
@@ -50,7 +51,8 @@ def checkpoints(words: list[TrainWord]) -> list[CheckpointReady]:
 
 
 def digest(dir: str) -> dict[str, str]:
-    paths = sorted(path for path in Path(dir).iterdir() if path.is_file() and path.name != MANIFEST)
+    beside = (MANIFEST, RECORD)
+    paths = sorted(path for path in Path(dir).iterdir() if path.is_file() and path.name not in beside)
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
@@ -146,7 +148,13 @@ def test_an_adapter_checkpoint_is_a_peft_folder_without_pickles_or_paths_of_this
 ) -> None:
     dir = Path(checkpoints(list(train(make_spec(), warm)))[-1].dir)
     names = sorted(path.name for path in dir.iterdir())
-    assert names == ["adapter_config.json", "adapter_model.safetensors", "manifest.json", "training_state"]
+    assert names == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "manifest.json",
+        "training_record.json",
+        "training_state",
+    ]
     assert str(tiny_dir) not in (dir / "adapter_config.json").read_text()
     tensors = load_file(dir / "adapter_model.safetensors")
     assert len(tensors) == 2 * 7 * 2  # layers, linear layers of a block, factors

@@ -19,6 +19,7 @@ from app.core.failures import FailureCode
 from worker.chat_template import ChatTemplate, ChatTemplateError, TokenizedExample
 from worker.training.errors import TrainingError
 from worker.training.pulse import Pulse
+from worker.training.tree import common_tokens, shared_branches, single_branches
 from worker.training.words import Log, Section, Working
 
 _HIDDEN_CALLS = (
@@ -91,14 +92,14 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class FlatBatch:
-    """Examples laid end to end: T tokens, N labels.
+    """Examples laid end to end: T tokens in segments, N labels.
 
-    First `prefix` tokens that all examples begin with, then `lengths[i]` tokens of example i's own.
+    Segment i is `lengths[i]` tokens that go on where segment `parents[i]` ends, or begin where it is -1.
     """
 
     ids: torch.Tensor  # (T,) int64
     positions: torch.Tensor  # (T,) int64, starting at 0 in each example
-    prefix: int
+    parents: tuple[int, ...]
     lengths: tuple[int, ...]
     rows: torch.Tensor  # (N,) int64, the tokens whose next token is trained
     labels: torch.Tensor  # (N,) int64, that next token
@@ -147,16 +148,26 @@ def sample_examples(examples: Sequence[TokenizedExample], count: int, seed: int)
     return sorted(random.Random(seed).sample(range(len(examples)), count))  # noqa: S311 a sample, not a secret
 
 
-def micro_batches(batch: Sequence[TokenizedExample], max_tokens: int) -> Iterator[list[TokenizedExample]]:
-    """Parts of a batch of at most `max_tokens` tokens each; a longer example is a part of its own."""
+def micro_batches(
+    batch: Sequence[TokenizedExample], max_tokens: int, *, share_prefixes: bool = False
+) -> Iterator[list[TokenizedExample]]:
+    """Parts of a batch of at most `max_tokens` tokens each; a longer example is a part of its own.
+
+    With `share_prefixes` those that begin alike come together, and what they share counts once.
+    """
+    if share_prefixes:
+        batch = sorted(batch, key=lambda example: example.ids)
     part: list[TokenizedExample] = []
     tokens = 0
     for example in batch:
-        if part and tokens + len(example.ids) > max_tokens:
+        length = len(example.ids)
+        if part and share_prefixes:
+            length -= common_tokens(part[-1].ids, example.ids)
+        if part and tokens + length > max_tokens:
             yield part
-            part, tokens = [], 0
+            part, tokens, length = [], 0, len(example.ids)
         part.append(example)
-        tokens += len(example.ids)
+        tokens += length
     if part:
         yield part
 
@@ -167,39 +178,29 @@ def label_count(batch: Sequence[TokenizedExample]) -> int:
 
 
 def flatten(
-    batch: Sequence[TokenizedExample], device: torch.device, *, share_prefix: bool = False
+    batch: Sequence[TokenizedExample], device: torch.device, *, share_prefixes: bool = False
 ) -> FlatBatch:
     """Lay examples end to end; the token before each label is the row that must predict it.
 
     Tokens from an example's last label on predict nothing that is trained and are left out. With
-    `share_prefix` the tokens all examples begin with stand in front once (Tree Training, 2025).
+    `share_prefixes` tokens that examples begin with stand there once; a row can then have several labels.
     """
-    starts = _shared_tokens(batch) if share_prefix and len(batch) > 1 else 0
-    ids = list(batch[0].ids[:starts])
-    positions = list(range(starts))
+    wanted = [[at for at in range(1, len(e.ids)) if e.is_label[at]] for e in batch]
+    kept = [example.ids[: labels[-1]] for example, labels in zip(batch, wanted, strict=True)]
+    tree = shared_branches(kept) if share_prefixes else single_branches(kept)
+    ids, positions = [0] * sum(tree.lengths), [0] * sum(tree.lengths)
     rows: list[int] = []
     labels: list[int] = []
-    lengths: list[int] = []
-    for example in batch:
-        wanted = [at for at in range(1, len(example.ids)) if example.is_label[at]]
-        offset, end = len(ids) - starts, wanted[-1]
-        rows += [offset + at - 1 for at in wanted]
-        labels += [example.ids[at] for at in wanted]
-        positions += range(starts, end)
-        ids += example.ids[starts:end]
-        lengths.append(end - starts)
+    for number, example in enumerate(batch):
+        places = tree.places(number)
+        for at, place in enumerate(places):
+            ids[place], positions[place] = kept[number][at], at
+        rows += [places[at - 1] for at in wanted[number]]
+        labels += [example.ids[at] for at in wanted[number]]
     tensors = [
         torch.tensor(values, dtype=torch.int64, device=device) for values in (ids, positions, rows, labels)
     ]
-    return FlatBatch(tensors[0], tensors[1], starts, tuple(lengths), tensors[2], tensors[3])
-
-
-def _shared_tokens(batch: Sequence[TokenizedExample]) -> int:
-    """How many tokens all examples begin with, none of them a row: rows predict different labels."""
-    first_rows = [example.is_label.index(True, 1) - 1 for example in batch]
-    shortest, longest = min(e.ids for e in batch), max(e.ids for e in batch)  # in dictionary order
-    differ = (at for at, (a, b) in enumerate(zip(shortest, longest, strict=False)) if a != b)
-    return min(next(differ, len(shortest)), *first_rows)
+    return FlatBatch(tensors[0], tensors[1], tuple(tree.parents), tuple(tree.lengths), tensors[2], tensors[3])
 
 
 def _invalid(param: str, what: str) -> TrainingError:

@@ -11,7 +11,7 @@ from collections.abc import Generator, Sequence
 import torch
 
 from worker.chat_template import TokenizedExample
-from worker.training.data import micro_batches, sample_examples
+from worker.training.data import sample_examples
 from worker.training.model import TunedModel
 from worker.training.pulse import Pulse
 from worker.training.words import Section, Working
@@ -54,7 +54,7 @@ def _score(
     """Summed loss, right tokens and labels of `examples`, as a float64 vector of 3."""
     totals = torch.zeros(3, dtype=torch.float64)
     tuned.model.train(False)
-    for part in micro_batches(examples, tuned.max_tokens):
+    for part in tuned.parts(examples):
         with torch.no_grad():  # never across a word: whoever listens would compute without gradients too
             loss, correct, labels = tuned.sums(part)
         totals += torch.tensor([loss.item(), correct.item(), labels], dtype=torch.float64)

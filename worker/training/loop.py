@@ -9,6 +9,7 @@ import math
 import threading
 import time
 from collections.abc import Generator, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -25,6 +26,7 @@ from worker.training.evaluate import Validator
 from worker.training.model import TunedModel, WarmBase, tuned_model
 from worker.training.plan import Plan, read_plan
 from worker.training.pulse import Pulse
+from worker.training.record import Record
 from worker.training.resume import Progress, Resume, find_resume, step_of
 from worker.training.state import RandomState, load_optimizer, save_optimizer
 from worker.training.step import Abandoned, StepPlan, train_step
@@ -116,6 +118,9 @@ class _Run:
             load_optimizer(resume.folder, self._optimizer, tuned.parameters)
             RandomState.load(resume.folder).put_back(tuned.device)
         tuned.model.train()
+        self._record = Record(
+            plan, tuned.device, tuned.dtype, parameters=sum(weight.numel() for weight in tuned.parameters)
+        )
         self._kept = self._progress.step  # the step of the last checkpoint
         self._kept_at = time.monotonic()
 
@@ -199,12 +204,15 @@ class _Run:
 
     def _keep(self, metrics: Metrics) -> Iterator[TrainWord]:
         yield from Pulse(Section.CHECKPOINT, metrics.step).begin()
-        folder = write_checkpoint(Path(self._spec.output_dir), metrics.step, self._fill)
+        self._tuned.check()
+        fill = partial(self._fill, metrics=metrics)
+        folder = write_checkpoint(Path(self._spec.output_dir), metrics.step, fill)
         self._kept, self._kept_at = metrics.step, time.monotonic()
         yield CheckpointReady(metrics=metrics, dir=str(folder))
 
-    def _fill(self, folder: Path) -> None:
+    def _fill(self, folder: Path, *, metrics: Metrics) -> None:
         self._tuned.save(folder)
+        self._record.write(folder, metrics)
         (folder / TRAINING_STATE).mkdir()
         save_optimizer(folder, self._optimizer, self._tuned.parameters)
         RandomState.take(self._tuned.device).save(folder)

@@ -35,7 +35,7 @@ def loss_sums(model: PreTrainedModel, batch: FlatBatch) -> Sums:
         position_ids=batch.positions[None],
         use_cache=False,
         logits_to_keep=batch.rows,
-        segments=(batch.prefix, batch.lengths),
+        segments=(batch.parents, batch.lengths),
     ).logits
     logits_NV = logits_1NV[0].float()
     loss = F.cross_entropy(logits_NV, batch.labels, reduction="sum")

@@ -21,8 +21,9 @@ from app.core.failures import FailureCode
 from worker.base_model import compute_dtype, load_base_model, load_tokenizer
 from worker.chat_template import TokenizedExample
 from worker.training.attention import SEGMENTED
-from worker.training.data import flatten, micro_batches
+from worker.training.data import FlatBatch, flatten, micro_batches
 from worker.training.errors import TrainingError
+from worker.training.lora import speed_up
 from worker.training.loss import Sums, loss_sums
 from worker.training.words import Adapter, TrainSpec
 
@@ -30,9 +31,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ADAPTER_CONFIG = "adapter_config.json"
-# Tokens per forward pass. On CPUs one example of the default max_length: it must fit anyway (about 2 MB a
-# token for a 135M model in float32), and from 1,000 tokens on products are as fast as they get.
-_MAX_TOKENS = {"cpu": 2048, "cuda": 16_384}
+# Tokens per forward pass. On CPUs more than one example of the default max_length, which must fit anyway, so
+# that rows which share a long prompt come together; 1.35 MB a token, measured for a 135M model in float32.
+_MAX_TOKENS = {"cpu": 3072, "cuda": 16_384}
 
 
 class WarmBase:
@@ -88,29 +89,54 @@ class TunedModel:
         self.max_tokens = _MAX_TOKENS[self.device.type]
         self.shrinks = 0  # how often `max_tokens` was lowered
         # Exact only without dropout, which draws anew for each example.
-        self._share_prefix = spec.dropout == 0.0
+        self._share_prefixes = spec.dropout == 0.0
         self.parameters = [weight for weight in model.parameters() if weight.requires_grad]
         self._peft = peft
         self._spec = spec
-        self._dtype = warm.dtype
+        self.dtype = warm.dtype
 
     def sums(self, examples: Sequence[TokenizedExample]) -> Sums:
         """`loss_sums` in the number type of the device, also where the weights themselves are float32."""
-        batch = flatten(examples, self.device, share_prefix=self._share_prefix)
-        mixed = self._dtype is not torch.float32
-        with torch.autocast(self.device.type, dtype=self._dtype, enabled=mixed):
+        batch = self.flat(examples)
+        mixed = self.dtype is not torch.float32
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=mixed):
             return loss_sums(self.model, batch)
+
+    def flat(self, examples: Sequence[TokenizedExample]) -> FlatBatch:
+        """`examples` as one pass takes them."""
+        return flatten(examples, self.device, share_prefixes=self._share_prefixes)
+
+    def parts(self, examples: Sequence[TokenizedExample]) -> Iterator[list[TokenizedExample]]:
+        """`examples` in parts that fit into memory, those that begin alike together."""
+        return micro_batches(examples, self.max_tokens, share_prefixes=self._share_prefixes)
 
     def shrink(self, batch: Sequence[TokenizedExample]) -> bool:
         """Halve the tokens of one pass, so that `batch` takes more of them; False where it cannot."""
-        parts = list(micro_batches(batch, self.max_tokens))
+        parts = list(self.parts(batch))
         if len(parts) == len(batch):
             return False
-        self.max_tokens = max(sum(len(example.ids) for example in part) for part in parts) // 2
+        largest = max(sum(self.flat(part).lengths) for part in parts)
+        self.max_tokens = min(largest, self.max_tokens) // 2
         self.shrinks += 1
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # in pieces that no longer fit
         return True
+
+    def check(self) -> None:
+        """Raises TrainingError where what was trained is of no use to anybody."""
+        if not all(bool(torch.isfinite(weight).all()) for weight in self.parameters):
+            what = "The trained weights hold numbers that are not finite, so the run diverged. Lower"
+        elif self._peft is not None and not any(
+            bool(weight.any()) for name, weight in self._peft.named_parameters() if ".lora_B." in name
+        ):
+            what = "The adapter is still zero: training moved none of its weights. Raise"
+        else:
+            return
+        raise TrainingError(
+            FailureCode.NON_FINITE_ADAPTER,
+            f"{what} learning_rate_multiplier and try again.",
+            param="hyperparameters.learning_rate_multiplier",
+        )
 
     def save(self, dir: Path) -> None:
         """Write a PEFT folder, or a whole model with its tokenizer, into `dir`; safetensors only."""
@@ -150,6 +176,7 @@ def tuned_model(spec: TrainSpec, warm: WarmBase, *, weights_dir: Path | None = N
     peft = None
     try:
         peft = _with_lora(base, spec, start)
+        speed_up(base)
         yield TunedModel(base, peft, spec, warm)
     except BaseException:
         warm.drop()  # in what state it is now, nobody knows

@@ -11,7 +11,7 @@ import torch
 
 from app.core.failures import FailureCode
 from worker.chat_template import TokenizedExample
-from worker.training.data import label_count, micro_batches
+from worker.training.data import label_count
 from worker.training.errors import TrainingError, device_out_of_memory, is_device_out_of_memory
 from worker.training.model import TunedModel
 from worker.training.pulse import Pulse
@@ -65,7 +65,7 @@ def backward(
     """Add the gradient of the batch's mean loss to the parameters; return that loss and the accuracy."""
     count = label_count(batch)
     loss_sum, correct_sum = 0.0, 0
-    for part in micro_batches(batch, tuned.max_tokens):
+    for part in tuned.parts(batch):
         if stop.is_set():
             raise Abandoned
         loss, correct, _ = tuned.sums(part)
