@@ -16,6 +16,7 @@ from pathlib import Path
 from tests.chaos.control_group import run_control_group
 from tests.chaos.faults import Fault
 from tests.chaos.matrix import ALL
+from tests.chaos.report import closing, table
 from tests.chaos.run import Result, say, try_faults
 from tests.chaos.service import Service
 from tests.chaos.soak import soak
@@ -73,7 +74,8 @@ def run_faults(options: argparse.Namespace, folder: Path, named: list[Fault]) ->
             results = try_a_choice(service, options)
     finally:
         service.stop()
-    tell_sum(results, time.monotonic() - began)
+    (folder / "results.md").write_text(table(results))
+    say(closing(results, time.monotonic() - began))
     return flat and all(result.ok for result in results)
 
 
@@ -88,18 +90,6 @@ def try_a_choice(service: Service, options: argparse.Namespace) -> list[Result]:
             break
         results += try_faults(service, [fault], seed=options.seed, n=options.n, whole=False)
     return results
-
-
-def tell_sum(results: list[Result], seconds: float) -> None:
-    """The last line."""
-    failed = [result.fault.id for result in results if not result.ok]
-    skipped = [result.fault.id for result in results if result.run.skipped]
-    say(
-        f"{len(results)} faults, {sum(r.run.runs for r in results)} runs, "
-        f"{sum(len(r.run.jobs) for r in results)} jobs, lost {sum(len(r.lost) for r in results)}, "
-        f"doubled {sum(len(r.doubled) for r in results)}, {seconds:.0f} s; "
-        f"failed: {', '.join(failed) or 'none'}" + (f"; skipped: {', '.join(skipped)}" if skipped else "")
-    )
 
 
 if __name__ == "__main__":

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -96,12 +97,14 @@ def traced(pid: int, *options: str) -> Iterator[None]:
     tracer = subprocess.Popen(
         ["strace", "-f", "-q", "-p", str(pid), *options],
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
     )
+    assert tracer.stderr is not None
     deadline = time.monotonic() + 10
     while f"TracerPid:\t{tracer.pid}" not in Path(f"/proc/{pid}/status").read_text():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"strace did not attach to {pid}")
+        if time.monotonic() > deadline or tracer.poll() is not None:
+            tracer.kill()
+            raise TimeoutError(f"strace did not attach to {pid}: {tracer.stderr.read().decode()}")
         time.sleep(0.005)
     try:
         yield
@@ -139,34 +142,26 @@ def kill_in_checkpoint(run: Run, forge: Forge) -> None:
     code = forge.train("whole", strace=["-e", f"trace={CHANGES}", "-o", str(log)])
     run.check(code == 0, f"the undisturbed training ended with {code}")
     wanted = forge.adapter("whole")
-    calls = most_of_a_thread(log)
-    chosen = list(range(1, calls + 1))
-    if run.n < calls:
-        chosen = sorted(run.chance.sample(chosen, run.n))
+    calls = calls_of(log)
+    chosen = calls if run.n >= len(calls) else run.chance.sample(calls, run.n)
     survived = 0
-    for at in chosen:
+    for name, number in chosen:
         run.runs += 1
-        inject = [
-            "-e",
-            f"trace={CHANGES}",
-            "-e",
-            f"inject={CHANGES}:signal=KILL:when={at}",
-            "-o",
-            "/dev/null",
-        ]
+        at = f"{name} {number}"
+        inject = ["-e", f"trace={name}", "-e", f"inject={name}:signal=KILL:when={number}", "-o", "/dev/null"]
         code = forge.train("killed", strace=inject)
         survived += code == 0
         whole = forge.checkpoints("killed")
         for checkpoint in whole:
             verify(checkpoint, with_state=True)
         code = forge.train("resumed", resume_from=tuple(map(str, whole)))
-        run.check(code == 0, f"killed at call {at}: the resume ended with {code}")
+        run.check(code == 0, f"killed at {at}: the resume ended with {code}")
         if code == 0:
             last = "resumed" if forge.checkpoints("resumed") else "killed"  # its last save was whole
-            run.check(forge.adapter(last) == wanted, f"killed at call {at}: the adapter differs")
-        for name in ("killed", "resumed"):
-            shutil.rmtree(forge.folder / name, ignore_errors=True)
-    run.notes.append(f"save: {len(chosen)} of {calls} calls, {len(chosen) - survived} kills")
+            run.check(forge.adapter(last) == wanted, f"killed at {at}: the adapter differs")
+        for left in ("killed", "resumed"):
+            shutil.rmtree(forge.folder / left, ignore_errors=True)
+    run.notes.append(f"save: {len(chosen)} of {len(calls)} calls, {len(chosen) - survived} kills")
 
 
 def kill_in_publish(run: Run) -> None:
@@ -180,28 +175,32 @@ def kill_in_publish(run: Run) -> None:
     with only_worker(run), traced(alone.pid, "-e", f"trace={PUBLISHING}", "-o", str(log)):
         run.finish([run.start_job(steps=STEPS, checkpoint_interval=INTERVAL)])
         time.sleep(1)
-    calls = most_of_a_thread(log)
-    chosen = list(range(1, calls + 1))
-    if run.n < calls:
-        chosen = sorted(run.chance.sample(chosen, min(3, calls)))
+    calls = calls_of(log)
+    chosen = calls if run.n >= len(calls) else run.chance.sample(calls, min(3, len(calls)))
     kills = 0
-    for at in chosen:
+    for name, number in chosen:
         run.runs += 1
-        inject = f"inject={PUBLISHING}:signal=KILL:when={at}"
+        at = f"{name} {number}"
+        inject = f"inject={name}:signal=KILL:when={number}"
         with only_worker(run):
-            with traced(alone.pid, "-e", f"trace={PUBLISHING}", "-e", inject, "-o", "/dev/null"):
+            with traced(alone.pid, "-e", f"trace={name}", "-e", inject, "-o", "/dev/null"):
                 job = run.start_job(steps=STEPS, checkpoint_interval=INTERVAL)
                 wait_end(run, job, alone)
             kills += not alone.is_alive
         run.finish([job])
-        run.check(truth.adapter_digest(service, job) == wanted, f"publish killed at call {at}: it differs")
-    run.notes.append(f"publish: {len(chosen)} of {calls} calls, {kills} kills")
+        run.check(truth.adapter_digest(service, job) == wanted, f"publish killed at {at}: it differs")
+    run.notes.append(f"publish: {len(chosen)} of {len(calls)} calls, {kills} kills")
 
 
-def most_of_a_thread(log: Path) -> int:
-    """How many calls the busiest thread made: strace counts `when` for each thread by itself."""
-    lines = [line for line in log.read_text().splitlines() if "(" in line and "resumed" not in line]
-    return max(Counter(line.split()[0] for line in lines).values(), default=0)
+def calls_of(log: Path) -> list[tuple[str, int]]:
+    """Each call of the busiest thread as strace counts it for `when`: by thread, and by the call's name."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for line in log.read_text().splitlines():
+        call = re.match(r"(?:(\d+) +)?(\w+)\(", line)  # a process without threads has no number before it
+        if call is not None:
+            found[call[1] or ""].append(call[2])
+    names = max(found.values(), key=len, default=[])
+    return [(name, names[: at + 1].count(name)) for at, name in enumerate(names)]
 
 
 @contextmanager
