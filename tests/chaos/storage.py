@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -29,22 +30,28 @@ def filled(run: Run, *, leave: int) -> Iterator[bool]:
         yield False
         return
     ballast = run.service.storage / "ballast"
+    over = threading.Event()
+    filler = threading.Thread(target=keep_full, args=(ballast, leave, over), daemon=True)
+    filler.start()
     try:
-        fill(ballast, leave=leave)
+        while room(run) > 2 * leave:
+            time.sleep(0.02)
         yield True
     finally:
+        over.set()
+        filler.join()
         ballast.unlink(missing_ok=True)
 
 
-def fill(ballast: Path, *, leave: int) -> None:
-    """Make the file as large as its volume allows; others may write at the same time."""
-    for _ in range(50):
-        volume = os.statvfs(ballast.parent)
-        with suppress(OSError), ballast.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, max(1, volume.f_bavail * volume.f_bsize - leave))
-            return
-        ballast.unlink(missing_ok=True)
-    raise TimeoutError("the volume cannot be filled")
+def keep_full(ballast: Path, leave: int, over: threading.Event) -> None:
+    """Let the file grow into all room there is until the fault is over; others write and delete meanwhile."""
+    with ballast.open("wb") as file:
+        while not over.wait(0.05):
+            volume = os.statvfs(ballast.parent)
+            spare = volume.f_bavail * volume.f_bsize - leave
+            with suppress(OSError):  # somebody was quicker
+                if spare > 0:
+                    os.posix_fallocate(file.fileno(), os.fstat(file.fileno()).st_size, spare)
 
 
 def room(run: Run) -> int:

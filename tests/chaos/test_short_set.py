@@ -34,7 +34,7 @@ def test_a_killed_worker_a_wiped_broker_and_doubled_hints_cost_nothing_but_time(
     assert [result.line(7) for result in results if not result.ok] == []
     assert len(jobs) > 50
     assert len(findings.lost) == 2
-    assert len(findings.doubled) == 1
+    assert len(findings.doubled) == 2  # it ended once and is queued; it ended twice
 
 
 def tamper(service: Service, stalled: str, doubled: str) -> None:
