@@ -12,7 +12,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from app.core.fsck.finding import attempt_of
+from app.core.attempts import Attempt
 from app.core.fsck.tensors import check_header
 from app.core.manifest import MANIFEST, DamagedError, verify, write_manifest
 from tests.core.installation import Installation, fill
@@ -126,5 +126,5 @@ def test_what_is_no_file_is_named_and_never_waited_for(
     | st.from_regex(r"ftjob-[A-Za-z]{0,3}(-[0-9٣²]{0,30}){0,3}", fullmatch=True)
 )
 def test_any_name_is_an_attempts_or_is_not(name: str) -> None:
-    attempt = attempt_of(name)
+    attempt = Attempt.of_folder(name)
     assert attempt is None or name.startswith(f"{attempt.job_id}-")

@@ -43,13 +43,17 @@ def test_the_hint_leaves_after_the_commit_only(house: House, client: redis.Redis
     file = house.file()
     new = NewJob(model="tiny", training_file=file.id)
     jobs.create_job(house.session, house.sender, CATALOGUE, caller=house.caller, new=new)
+    assert house.sender.flush(timeout_s=10)
     assert client.llen("control") == 0
     house.session.rollback()
+    assert house.sender.flush(timeout_s=10)
     assert client.llen("control") == 0
     jobs.create_job(house.session, house.sender, CATALOGUE, caller=house.caller, new=new)
     house.session.commit()
+    assert house.sender.flush(timeout_s=10)
     assert client.llen("control") == 1
     house.session.commit()
+    assert house.sender.flush(timeout_s=10)
     assert client.llen("control") == 1
 
 

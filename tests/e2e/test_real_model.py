@@ -32,7 +32,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
     (folder / "models.toml").write_text(f"[models.{MODEL}]\n{entry}")
     with (
         running_service(folder, inference_models=MODEL) as service,
-        openai.OpenAI(base_url=service.base_url, api_key=KEY, max_retries=0) as client,
+        openai.OpenAI(base_url=service.base_url, api_key=KEY) as client,
     ):
         yield client
 

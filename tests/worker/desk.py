@@ -33,7 +33,7 @@ def examples(count: int) -> bytes:
     return ("\n".join(lines) + "\n").encode()
 
 
-def wait_for(condition: Callable[[], object], *, timeout_s: float = 30.0) -> None:
+def wait_for(condition: Callable[[], object], *, timeout_s: float = 60.0) -> None:
     """Return once the condition holds."""
     deadline = time.monotonic() + timeout_s
     while not condition():

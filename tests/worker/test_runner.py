@@ -99,7 +99,7 @@ def test_the_estimated_finish_comes_closer_to_the_end(desk: Desk, trainer: Train
                 guesses.append(job.estimated_finish)
             return job.status is JobStatus.SUCCEEDED
 
-        wait_for(look)
+        wait_for(look, timeout_s=120)
         wait_for(lambda: not thread.is_alive())
     end = desk.job(job_id).finished_at
     assert end is not None
