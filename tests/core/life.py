@@ -203,7 +203,15 @@ class World:
             session.execute(update(Job).where(Job.id == job_id).values(**values))
 
     def expire(self, job_id: str) -> None:
-        self.set(job_id, lease_expires_at=utc_now() - timedelta(seconds=1))
+        """Let a lease run out; where none is held any more, nothing."""
+        with transaction(self.sessions) as session:
+            held = update(Job).where(Job.id == job_id, Job.status == _S.RUNNING)
+            session.execute(held.values(lease_expires_at=utc_now() - timedelta(seconds=1)))
+
+    def rest_no_more(self) -> None:
+        """Let the pauses between tries pass."""
+        with transaction(self.sessions) as session:
+            session.execute(update(Job).where(Job.not_before.is_not(None)).values(not_before=utc_now()))
 
     def rows(self) -> dict[str, Row[Any]]:
         return {job.id: job for job in self.reader.execute(select(*Job.__table__.columns))}

@@ -58,7 +58,7 @@ class LifeOfJobs(WorkersAtWork):
             *["ask", "ask", "keep_house", "keep_house", "let_time_pass"] * bool(self.model.jobs),
             *["claim", "hand_back_strays"] * bool(idle),
             *["claim", "claim", "claim_beside_another"] * (len(idle) > 1 and best is not None),
-            *["train", "train", "train", "beat", "end"] * bool(self.busy()),
+            *["train", "train", "train", "beat", "end", "end"] * bool(self.busy()),
             *["write_from_the_past"] * bool(self.zombies()),
         ]
 
@@ -91,7 +91,7 @@ class LifeOfJobs(WorkersAtWork):
     def keep_house(self, pick: int, way: int) -> None:
         """What the control worker does, and that it makes good for all messages being lost."""
         job = self.model.jobs[pick % len(self.model.jobs)]
-        what = ("read", "read", "read badly", "sweep", "sweep", "flush")[way % 6]
+        what = ("read", "read", "read badly", "sweep", "flush")[way % 5]
         if what.startswith("read"):
             self.validate(job, good=what == "read")
         elif what == "sweep":

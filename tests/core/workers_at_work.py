@@ -172,8 +172,8 @@ class WorkersAtWork(RuleBasedStateMachine):
         job.attempt += 1
         job.worker = worker.name
         worker.attempt = Attempt(job_id, job.attempt)
-        # Every third attempt finds no checkpoint whole and trains again what was trained before.
-        worker.step = worker.saved = job.furthest if job.attempt % 3 else 0
+        # Every second attempt finds no checkpoint whole and trains again what was trained before.
+        worker.step = worker.saved = job.furthest if job.attempt % 2 else 0
 
     def save(self, worker: Worker) -> bool:
         """Publish and record a checkpoint of where it is; False when the attempt is lost."""
