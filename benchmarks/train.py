@@ -105,7 +105,9 @@ class Peer:
         self._process.stdin.flush()
         line = self._process.stdout.readline()
         if not line:
-            sys.exit("The peer ended before it was done; the lines above say why.")
+            sys.exit(
+                f"The peer ended with {self._process.wait()} before it was done; the lines above say why."
+            )
         turn: dict[str, Any] = json.loads(line)
         return turn
 

@@ -28,7 +28,7 @@ class Turns(TrainerCallback):  # type: ignore[misc]
         self._left = 0
         self._losses: list[float] = []
         self._began = (0.0, 0.0)
-        self.tokens = 0  # real ones, counted where batches are made
+        self._tokens = [0, 0]  # real ones in all, at the beginning of the turn and now
 
     def on_step_begin(self, *_args: Any, **_kwargs: Any) -> None:
         if self._left:
@@ -36,19 +36,25 @@ class Turns(TrainerCallback):  # type: ignore[misc]
         line = sys.stdin.readline()
         if not line.strip():
             os._exit(0)
-        self._left, self._losses, self.tokens = int(line), [], 0
+        self._left, self._losses, self._tokens[0] = int(line), [], self._tokens[1]
         self._began = time.monotonic(), time.process_time()
 
     def on_log(self, _args: Any, _state: Any, _control: Any, logs: dict[str, float], **_kwargs: Any) -> None:
         if "loss" in logs:
             self._losses.append(float(logs["loss"]))
+            self._tokens[1] = int(float(logs["num_tokens"]))
             self._left -= 1
             if not self._left:
                 self._answer()
 
     def _answer(self) -> None:
         wall_s, cpu_s = time.monotonic() - self._began[0], time.process_time() - self._began[1]
-        answer = {"wall_s": wall_s, "cpu_s": cpu_s, "tokens": self.tokens, "losses": self._losses}
+        answer: dict[str, Any] = {
+            "wall_s": wall_s,
+            "cpu_s": cpu_s,
+            "tokens": self._tokens[1] - self._tokens[0],
+        }
+        answer["losses"] = self._losses
         self._answers.write(json.dumps(answer) + "\n")
         self._answers.flush()
 
@@ -63,21 +69,13 @@ def main() -> None:
     base = AutoModelForCausalLM.from_pretrained(work["model_dir"], dtype=torch.float32)
     base.requires_grad_(False)
     model = PeftModel.from_pretrained(base, folder / "init", is_trainable=True)
-    turns = Turns(answers)
     trainer = SFTTrainer(
         model=model,
         args=settings(work, folder, check=check),
         train_dataset=Dataset.from_list([{"input_ids": row[0], "labels": row[1]} for row in work["rows"]]),
         processing_class=AutoTokenizer.from_pretrained(work["model_dir"]),
-        callbacks=[turns],
+        callbacks=[Turns(answers)],
     )
-    collate = trainer.data_collator
-
-    def counted(rows: list[dict[str, Any]]) -> Any:
-        turns.tokens += sum(len(row["input_ids"]) for row in rows)
-        return collate(rows)
-
-    trainer.data_collator = counted
     trainer.train()
 
 
