@@ -305,5 +305,6 @@ def crowding(run: Run) -> None:
             if any(queued < at.timestamp() < begun for at in truth.claims(run.service, job).values())
         ]
         run.notes.append(f"B began {begun - asked:.1f} s after it was asked for, {len(between)} of A between")
-        run.check(len(between) <= 1, f"{len(between)} jobs of A began while the job of B waited")
+        started = len(between)  # each worker may have been taking one at that very moment
+        run.check(started <= len(TRAINING), f"{started} jobs of A began while the job of B waited")
         run.finish()
