@@ -208,8 +208,8 @@ def test_new_weights_are_in_memory_before_anybody_asks_for_them(
     client.answer("first")  # the engine runs
     tuned = TunedWeights(id="new", kind=WeightsKind.LORA, path="weights/new")
     announce(client.redis, NewWeights(base_model="tiny", tuned=tuned))
-    client.ask("meanwhile", sampling=Sampling(max_tokens=300, temperature=0))
-    client.answer("meanwhile")
+    client.ask("busy", sampling=Sampling(max_tokens=300, temperature=0))
+    client.answer("busy")
     (storage.path("weights/new") / "adapter_model.safetensors").unlink()  # it can be read no more
     client.ask("new", tuned=tuned)
     assert isinstance(client.answer("new")[-1], Finished)
