@@ -74,7 +74,7 @@ def keep_house(context: Context) -> None:
 def tidy_up(context: Context) -> None:
     """The slower part of housekeeping: looks through the storage for what nobody needs."""
     with transaction(context.sessions) as session:
-        count = tidy(session, context.storage)
+        count = tidy(session, context.storage, context.settings)
     if count:
         log.info("housekeeping: %d things without an owner removed", count)
 

@@ -13,7 +13,7 @@ from functools import partial
 from sqlalchemy import func, or_, select, text
 from sqlalchemy.orm import Session
 
-from app.core import attempts, files, idempotency, orphans, served_models, training_states
+from app.core import attempts, files, idempotency, orphans, retention, served_models, training_states
 from app.core.attempts import Attempt, Death
 from app.core.db import utc_now
 from app.core.failures import FailureCode
@@ -64,14 +64,19 @@ def purge(session: Session, storage: Storage, settings: Settings) -> int:
     return gone + training_states.drop_unneeded(session, storage)
 
 
-def tidy(session: Session, storage: Storage) -> int:
-    """Remove what no row has ever named or an attempt left behind; returns how many things went.
+def tidy(session: Session, storage: Storage, settings: Settings) -> int:
+    """Remove what no row has ever named or an attempt left behind, and stored answers past their time or
+    without room; returns how many things went.
 
-    Looks through whole folders, so it is done more rarely than the rest.
+    Looks through whole folders and tables, so it is done more rarely than the rest.
     """
     if not _alone(session):
         return 0
-    return storage.drop_stale(age_s=STALE_S) + orphans.drop(session, storage, age_s=STALE_S)
+    return (
+        retention.drop_old(session, settings)
+        + storage.drop_stale(age_s=STALE_S)
+        + orphans.drop(session, storage, age_s=STALE_S)
+    )
 
 
 def _alone(session: Session) -> bool:

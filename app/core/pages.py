@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -41,9 +41,24 @@ def read_page(
     if cursor.after is not None:
         at = session.execute(query.with_only_columns(*keys).where(keys[-1] == cursor.after)).one_or_none()
         if at is None:
-            raise InvalidRequest(f"No such object to list after: {cursor.after[:80]}", param="after")
+            raise _unknown(cursor.after)
         here, there = tuple_(*keys), tuple_(*at)
         query = query.where(here > there if cursor.ascending else here < there)
     order = [key.asc() if cursor.ascending else key.desc() for key in keys]
     rows = session.scalars(query.order_by(*order).limit(cursor.limit + 1)).all()
     return Page(rows[: cursor.limit], len(rows) > cursor.limit)
+
+
+def cut_page(items: Sequence[Mapping[str, Any]], cursor: Cursor) -> Page[Mapping[str, Any]]:
+    """One page of a whole list, oldest first, of things with an `id`."""
+    ordered = list(items if cursor.ascending else reversed(items))
+    if cursor.after is not None:
+        ids = [item["id"] for item in ordered]
+        if cursor.after not in ids:
+            raise _unknown(cursor.after)
+        ordered = ordered[ids.index(cursor.after) + 1 :]
+    return Page(ordered[: cursor.limit], len(ordered) > cursor.limit)
+
+
+def _unknown(after: str) -> InvalidRequest:
+    return InvalidRequest(f"No such object to list after: {after[:80]}", param="after")

@@ -6,8 +6,8 @@ from datetime import datetime
 from typing import Any
 
 from sqlalchemy import BigInteger, ForeignKey, Identity, Index, String, text
-from sqlalchemy.dialects.postgresql import JSONB
-from sqlalchemy.orm import Mapped, mapped_column
+from sqlalchemy.dialects.postgresql import JSON, JSONB
+from sqlalchemy.orm import Mapped, declared_attr, mapped_column
 
 from app.core.completions import WeightsKind
 from app.core.db import Base, Text, UtcDateTime, utc_now
@@ -190,3 +190,30 @@ class IdempotencyKey(Base):
     fingerprint: Mapped[str] = mapped_column(String(64))  # SHA-256 of method, path and body
     response: Mapped[Json] = mapped_column(JSONB)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=utc_now)
+
+
+class Stored:
+    """Columns of an answer that is kept because its request said `store`. As JSON, not JSONB: keys stay in
+    their order, and nothing looks inside."""
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
+    model: Mapped[str]
+    response: Mapped[Json] = mapped_column(JSON)  # as it was sent
+    size_bytes: Mapped[int] = mapped_column(BigInteger)  # of all its JSON
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=utc_now)
+
+    @declared_attr.directive
+    @classmethod
+    def __table_args__(cls) -> tuple[Index, ...]:
+        # Its size lies in the index, so that adding up what a project stores reads no row.
+        return (Index(None, "project_id", "created_at", "id", postgresql_include=["size_bytes"]),)
+
+
+class StoredCompletion(Stored, Base):
+    """A chat completion, with the messages and options of its request."""
+
+    __tablename__ = "stored_completions"
+
+    request: Mapped[Json] = mapped_column(JSON)
+    user_metadata: Mapped[Json | None] = mapped_column("metadata", JSONB(none_as_null=True))

@@ -86,7 +86,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "21 logprobs": ({"logprobs": True, "top_logprobs": 21}, "integer_above_max_value", "top_logprobs"),
     "top logprobs alone": ({"top_logprobs": 2}, "invalid_value", "top_logprobs"),
     "an unknown extension": ({"luthier": {"x": 1}}, "unknown_parameter", "luthier.x"),
-    "store": ({"store": True}, "unsupported_parameter", "store"),
+    "store as text": ({"store": "yes"}, "invalid_type", "store"),
     "audio": ({"modalities": ["text", "audio"]}, "unsupported_parameter", "modalities"),
     "functions": ({"functions": []}, "unsupported_parameter", "functions"),
 }

@@ -191,7 +191,7 @@ class World:
         with transaction(self.sessions) as session:
             purge(session, context.storage, context.settings)
         with transaction(self.sessions) as session:
-            tidy(session, context.storage)
+            tidy(session, context.storage, context.settings)
 
     def settle(self) -> None:
         """Wait until all hints have left."""

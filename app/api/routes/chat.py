@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 from anyio import to_thread
@@ -19,14 +20,18 @@ from app.api.context import Context
 from app.api.dependencies import CallerDep, ContextDep
 from app.api.formats import read_format, read_tools
 from app.api.grammars import make_grammar
+from app.api.keeping import keep_whole, kept
 from app.api.leaving import EventStream, until_gone
 from app.api.schemas.chat import CreateChatCompletion
+from app.api.schemas.stored_completions import new_completion
 from app.core.completions import CompletionRequest, Sampling
+from app.core.db import transaction
 from app.core.errors import InvalidRequest
 from app.core.ids import Prefix, new_id
 from app.core.messages import MessageError, check_messages, check_tools
 from app.core.served_models import ServedModel, resolve
 from app.core.settings import Settings
+from app.core.stored_completions import keep_completion
 
 router = APIRouter(prefix="/v1/chat/completions", tags=["chat"])
 Body = Annotated[CreateChatCompletion, Depends(JsonBody(CreateChatCompletion))]
@@ -49,16 +54,27 @@ async def create_chat_completion(
     # In a thread: a long conversation takes milliseconds to check, and the session must not block.
     prepared = await to_thread.run_sync(_prepare, context, caller.project_id, body)
     n = prepared.ask.sampling.n
-    frame = Frame(prepared.ask.id, int(time.time()), prepared.model.id, n, body.wants_usage)
+    metadata = body.metadata or {} if body.store else None
+    frame = Frame(prepared.ask.id, int(time.time()), prepared.model.id, n, body.wants_usage, metadata)
+    keep = partial(_keep, context, caller.project_id, body)
     asked = await ask(context, request, [prepared.ask])
     words = _words(asked, prepared)
     if body.stream:
+        words = kept(words, Answer(frame), keep) if body.store else words
         return EventStream(stream(frame, words), at_end=asked.close)
     try:
         answer = await until_gone(request.receive, collect(Answer(frame), words))
     finally:
         asked.close()
-    return JSONResponse(answer.as_json())
+    whole = answer.as_json()
+    if body.store:
+        await keep_whole(whole, keep)
+    return JSONResponse(whole)
+
+
+def _keep(context: Context, project_id: str, body: CreateChatCompletion, whole: dict[str, Any]) -> None:
+    with transaction(context.sessions) as session:
+        keep_completion(session, project_id=project_id, new=new_completion(body, whole))
 
 
 def _words(asked: Asked, prepared: Prepared) -> AsyncIterator[list[Said]]:

@@ -41,10 +41,12 @@ def create_job(body: CreateJobBody, desk: JobDeskDep, once: OnceDep) -> Response
 @router.get("")
 def list_jobs(query: Annotated[JobsQuery, Query()], desk: JobDeskDep) -> ListObject[JobObject]:
     """List jobs, newest first."""
-    without = query.metadata == "null"
-    metadata = query.metadata if isinstance(query.metadata, dict) else None
     page = jobs.list_jobs(
-        desk.session, project_id=desk.project_id, metadata=metadata, without=without, cursor=query.cursor()
+        desk.session,
+        project_id=desk.project_id,
+        metadata=query.pairs,
+        without=query.without,
+        cursor=query.cursor(),
     )
     return list_object(desk.show_all(page.data), has_more=page.has_more)
 

@@ -28,10 +28,11 @@ class CreateChatCompletion(SamplingFields):
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
     response_format: Any = None
+    store: bool | None = None
+    metadata: Metadata | None = None  # of the stored completion
 
     # Accepted, without a meaning here
     safety_identifier: str | None = Field(default=None, max_length=128)
-    metadata: Metadata | None = None
     service_tier: str | None = Field(default=None, max_length=64)
     prompt_cache_key: str | None = Field(default=None, max_length=512)
     prompt_cache_retention: str | None = Field(default=None, max_length=64)
@@ -42,7 +43,6 @@ class CreateChatCompletion(SamplingFields):
     moderation: dict[str, Any] | None = None
 
     # Accepted at the value that asks for nothing
-    store: bool | None = None
     modalities: list[Any] | None = None
 
     # Refused
@@ -84,7 +84,6 @@ class CreateChatCompletion(SamplingFields):
 
 _LEAVE_OUT = "Leave it out."
 _UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
-    ("store", (False,), "Completions are not stored."),
     ("modalities", (["text"],), 'Only ["text"] is.'),
     ("audio", (), _LEAVE_OUT),
     ("functions", (), "Use 'tools'."),

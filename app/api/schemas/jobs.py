@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field
 
 from app.api.faults import shown
-from app.api.schemas.fields import Body, Metadata, Name, check_metadata, fault, number_or_auto
-from app.api.schemas.lists import PageQuery
+from app.api.schemas.fields import Body, Metadata, Name, number_or_auto
+from app.api.schemas.lists import MetadataQuery, PageQuery
 from app.core.errors import InvalidRequest
 from app.core.jobs import NewJob
 
@@ -130,29 +130,8 @@ class CreateJob(Body):
         )
 
 
-def _check_filter(value: object) -> object:
-    if value is None or value == "null":
-        return value
-    if not isinstance(value, dict):
-        raise fault("invalid_value", "Filter by metadata[key]=value, or by metadata=null alone.")
-    return check_metadata(value)
-
-
-class JobsQuery(PageQuery):
-    """`metadata[key]=value` keeps jobs with that pair, `metadata=null` those without any."""
-
-    metadata: Annotated[dict[str, str] | str | None, BeforeValidator(_check_filter)] = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _gather_metadata(cls, fields: Any) -> Any:
-        if not isinstance(fields, dict):
-            return fields
-        pairs = {key[9:-1]: fields[key] for key in fields if key.startswith("metadata[") and key[-1] == "]"}
-        rest = {key: value for key, value in fields.items() if not key.startswith("metadata[")}
-        if not pairs:
-            return rest
-        return rest | {"metadata": "both" if "metadata" in rest else pairs}
+class JobsQuery(MetadataQuery):
+    """Jobs, newest first."""
 
 
 class CheckpointsQuery(PageQuery):

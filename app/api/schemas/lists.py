@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from app.api.schemas.fields import Id
+from app.api.schemas.fields import Id, check_metadata, fault
 from app.core.pages import Cursor
 
 
@@ -51,3 +51,48 @@ class PageQuery(BaseModel):
     def cursor(self) -> Cursor:
         """The page as core knows it, newest first."""
         return Cursor(self.after, self.limit)
+
+
+class OrderedQuery(PageQuery):
+    """A page in either order by time, oldest first unless said otherwise."""
+
+    order: Literal["asc", "desc"] = "asc"
+
+    def cursor(self) -> Cursor:
+        """The page as core knows it."""
+        return Cursor(self.after, self.limit, self.order == "asc")
+
+
+def _check_filter(value: object) -> object:
+    if value is None or value == "null":
+        return value
+    if not isinstance(value, dict):
+        raise fault("invalid_value", "Filter by metadata[key]=value, or by metadata=null alone.")
+    return check_metadata(value)
+
+
+class MetadataQuery(PageQuery):
+    """`metadata[key]=value` keeps what has that pair, `metadata=null` what has none."""
+
+    metadata: Annotated[dict[str, str] | str | None, BeforeValidator(_check_filter)] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_metadata(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        pairs = {key[9:-1]: fields[key] for key in fields if key.startswith("metadata[") and key[-1] == "]"}
+        rest = {key: value for key, value in fields.items() if not key.startswith("metadata[")}
+        if not pairs:
+            return rest
+        return rest | {"metadata": "both" if "metadata" in rest else pairs}
+
+    @property
+    def pairs(self) -> dict[str, str] | None:
+        """What the metadata must hold."""
+        return self.metadata if isinstance(self.metadata, dict) else None
+
+    @property
+    def without(self) -> bool:
+        """Whether there must be no metadata."""
+        return self.metadata == "null"

@@ -15,6 +15,7 @@ from pathlib import Path
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from app.core import retention
 from app.core.attempts import Attempt
 from app.core.db import utc_now
 from app.core.fsck.files import orphan
@@ -86,6 +87,16 @@ def check_idempotency(site: Site) -> Iterator[Finding]:
     if old is not None:
         problem = f"kept longer than {site.settings.idempotency_hours:g} h"
         yield Finding("I10", "idempotency keys", problem, HOUSEKEEPING, Severity.WARNING)
+
+
+def check_stored(site: Site) -> Iterator[Finding]:
+    """Stored completions go once they are past their time."""
+    past = utc_now() - timedelta(days=site.settings.stored_days, hours=1)
+    with site.snapshot() as session:
+        for table in retention.TABLES:
+            if session.scalar(select(table.id).where(table.created_at < past).limit(1)) is not None:
+                problem = f"kept longer than {site.settings.stored_days:g} days"
+                yield Finding("I10", table.__name__, problem, HOUSEKEEPING, Severity.WARNING)
 
 
 def _running(session: Session) -> set[Attempt | None]:

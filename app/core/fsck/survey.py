@@ -39,6 +39,7 @@ CHECKS: tuple[Check, ...] = (
     leftovers.check_attempts,
     leftovers.check_unpublished,
     leftovers.check_idempotency,
+    leftovers.check_stored,
     processes.check_trainers,
     tenants.check_jobs,
     tenants.check_weights,
