@@ -21,6 +21,7 @@ from app.core.attempts import Attempt, AttemptLost, Death
 from app.core.db import is_away, transaction
 from app.core.errors import ServiceError, StorageFull
 from app.core.failures import FailureCode, is_retried
+from app.core.ids import Prefix, new_id
 from app.core.tables import Job
 from worker import records
 from worker.context import Context
@@ -125,15 +126,16 @@ class AttemptRun:
 
     def _record(self, word: TrainWord) -> bool:
         context, attempt = self._context, self._attempt
+        event_id = new_id(Prefix.EVENT)  # one for all repetitions of a write
         match word:
             case Started():
-                self._write(lambda session: records.record_start(session, attempt, word))
+                self._write(lambda session: records.record_start(session, attempt, word, event_id=event_id))
             case StepDone():
                 self._write(lambda session: records.record_step(session, attempt, word))
             case CheckpointReady():
                 self._record_checkpoint(word)
             case Log():
-                self._write(lambda session: records.record_log(session, attempt, word))
+                self._write(lambda session: records.record_log(session, attempt, word, event_id=event_id))
             case Finished():
                 self._write(lambda session: records.record_success(context, session, attempt, word))
                 log.info("succeeded after %d steps", word.steps)

@@ -114,18 +114,18 @@ def _last_step(session: Session, job_id: str) -> int | None:
     return session.scalar(select(func.max(Checkpoint.step_number)).where(Checkpoint.job_id == job_id))
 
 
-def record_start(session: Session, attempt: Attempt, word: Started) -> None:
-    """Where an attempt that is not the job's first begins."""
+def record_start(session: Session, attempt: Attempt, word: Started, *, event_id: str) -> None:
+    """Where an attempt that is not the job's first begins; said once, however often this is repeated."""
     job = attempts.hold(session, attempt)
     if job.attempt > 1:
         where = f"resumed after step {word.step}" if word.step else "started again from its beginning"
-        events.add_message(session, job, f"Fine-tuning job {where} (attempt {job.attempt})")
+        events.add_message(session, job, f"Fine-tuning job {where} (attempt {job.attempt})", id=event_id)
 
 
-def record_log(session: Session, attempt: Attempt, word: Log) -> None:
-    """Something the trainer wants the user to know."""
+def record_log(session: Session, attempt: Attempt, word: Log, *, event_id: str) -> None:
+    """Something the trainer wants the user to know; said once, however often this is repeated."""
     job = attempts.hold(session, attempt)
-    events.add_message(session, job, word.message, level=EventLevel(word.level))
+    events.add_message(session, job, word.message, level=EventLevel(word.level), id=event_id)
 
 
 def record_success(context: Context, session: Session, attempt: Attempt, word: Finished) -> None:

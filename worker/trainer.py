@@ -60,6 +60,7 @@ class Trainer:
         self._tree: ProcessTree | None = None
         self._words: queue.Queue[TrainWord | None] = queue.Queue()
         self._ready = threading.Event()
+        self._came_up = False  # the child before this one was ready once
         self._lock = threading.Lock()
         self._memory_kills: MemoryKills | None = None
         # Linux ends the child with the thread that started it, so that thread has to stay.
@@ -69,6 +70,11 @@ class Trainer:
     def is_ready(self) -> bool:
         """Whether a living child has its imports behind it."""
         return self._ready.is_set() and self._is_alive
+
+    @property
+    def can_come_up(self) -> bool:
+        """Whether a child is ready, or comes after one that was: ended ones are soon replaced."""
+        return self._ready.is_set() or self._came_up
 
     def start(self) -> None:
         """Start a child; it says `Ready` once its imports are done. No effect while one lives.
@@ -81,7 +87,7 @@ class Trainer:
             if not self._release():
                 raise TrainerDiedError("Processes of an earlier training run hold the device.")
             self._words = queue.Queue()
-            self._ready = threading.Event()
+            self._came_up, self._ready = self._ready.is_set(), threading.Event()
             self._tree = self._tree or ProcessTree.make(memory_bytes=self._memory_bytes)
             self._tree.guard()
             process = self._starter.submit(self._spawn, self._tree.environment).result()

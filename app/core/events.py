@@ -15,11 +15,18 @@ from app.core.tables import Checkpoint, Job, JobEvent, TunedModel
 from app.core.vocabulary import EventLevel, EventType
 
 
-def add_message(session: Session, job: Job, message: str, *, level: EventLevel = EventLevel.INFO) -> None:
-    """Record something in words. Characters that no log can show are left out."""
+def add_message(
+    session: Session, job: Job, message: str, *, level: EventLevel = EventLevel.INFO, id: str | None = None
+) -> None:
+    """Record something in words. Characters that no log can show are left out.
+
+    `id`: given by a caller who may have to repeat this after a commit whose answer was lost; recorded once.
+    """
+    if id is not None and session.get(JobEvent, id) is not None:
+        return
     session.add(
         JobEvent(
-            id=new_id(Prefix.EVENT),
+            id=id or new_id(Prefix.EVENT),
             job_id=job.id,
             attempt=job.attempt,
             level=level,

@@ -22,7 +22,7 @@ from worker import control, records
 from worker.records import RESULT_COLUMNS
 from worker.runner import Runner
 from worker.trainer import Trainer, TrainerDiedError
-from worker.training.words import CheckpointReady, Metrics
+from worker.training.words import CheckpointReady, Log, Metrics, Started
 
 
 @contextmanager
@@ -318,6 +318,21 @@ def test_a_commit_whose_answer_was_lost_does_not_lose_the_checkpoint(desk: Desk,
         records.drop_unnamed_checkpoint(desk.context, session, key)
     assert (desk.context.storage.path(key) / "adapter.safetensors").is_file()
     assert len(desk.checkpoints(job_id)) == 1
+
+
+def test_a_commit_whose_answer_was_lost_says_nothing_twice(desk: Desk) -> None:
+    job_id = desk.queue()
+    with transaction(desk.context.sessions) as session:
+        job = session.get_one(Job, job_id)
+        job.status, job.attempt = JobStatus.RUNNING, 2
+    before = len(desk.words(job_id))
+    attempt = Attempt(job_id, 2)
+    for _ in range(2):
+        with transaction(desk.context.sessions) as session:
+            records.record_start(session, attempt, Started(step=4), event_id="ftevent-start")
+            records.record_log(session, attempt, Log(message="The device is small"), event_id="ftevent-log")
+    said = ["Fine-tuning job resumed after step 4 (attempt 2)", "The device is small"]
+    assert desk.words(job_id)[before:] == said
 
 
 def test_no_job_is_taken_while_something_of_the_last_one_cannot_be_ended(

@@ -169,6 +169,27 @@ def test_noise_on_the_line_is_skipped(odd_trainer: tuple[Trainer, Path]) -> None
     assert word.word == "log"
 
 
+def test_a_child_that_follows_one_that_was_ready_is_trusted_to_come_up_until_it_does_not(
+    odd_trainer: tuple[Trainer, Path],
+) -> None:
+    trainer, program = odd_trainer
+    program.write_text(
+        'import time\nprint(\'{"word": "ready", "device": "cpu"}\', flush=True)\ntime.sleep(60)'
+    )
+    assert not trainer.can_come_up
+    trainer.start()
+    assert trainer.wait_ready(timeout_s=20)
+    trainer.kill()  # as a cancel does
+    assert trainer.can_come_up
+    program.write_text("raise SystemExit(1)")
+    trainer.start()
+    assert trainer.can_come_up
+    with pytest.raises(TrainerDiedError):
+        trainer.wait_ready(timeout_s=20)
+    trainer.start()
+    assert not trainer.can_come_up
+
+
 def test_stop_ends_a_child_that_will_not_and_all_it_started(
     odd_trainer: tuple[Trainer, Path], tmp_path: Path
 ) -> None:
