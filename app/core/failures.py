@@ -14,6 +14,7 @@ class Fault(StrEnum):
     USER = "user"  # never retried
     MACHINE = "machine"  # retried by itself, until tries without progress run out
     DEVICE_MEMORY = "device_memory"  # micro-batches were shrunk already; never retried
+    OPERATOR = "operator"  # this installation and this model do not go together; never retried
     HOST_MEMORY = "host_memory"  # one more try: a neighbour may have been the cause
 
 
@@ -30,6 +31,7 @@ class FailureCode(StrEnum):
     NO_TRAINABLE_TOKENS = "no_trainable_tokens"
     NON_FINITE_LOSS = "non_finite_loss"
     NON_FINITE_ADAPTER = "non_finite_adapter"  # or zero
+    SERVING_MISMATCH = "serving_mismatch"  # the engine would answer otherwise than it was trained
     OUT_OF_MEMORY = "out_of_memory"  # of the device
     HOST_OUT_OF_MEMORY = "host_out_of_memory"
     STORAGE_FULL = "storage_full"
@@ -56,6 +58,7 @@ FAULTS: dict[FailureCode, Fault] = {
         ),
         Fault.USER,
     ),
+    _F.SERVING_MISMATCH: Fault.OPERATOR,
     _F.OUT_OF_MEMORY: Fault.DEVICE_MEMORY,
     _F.HOST_OUT_OF_MEMORY: Fault.HOST_MEMORY,
     **dict.fromkeys(

@@ -19,6 +19,7 @@ from worker.training.words import (
     CheckpointReady,
     Failed,
     Finished,
+    Log,
     Ready,
     Started,
     StepDone,
@@ -176,6 +177,9 @@ def test_a_child_asked_to_stop_when_its_job_is_over_ends(child: Child, make_spec
         pass
     child.terminate()
     assert isinstance(hear(child), CheckpointReady)
+    agreed = hear(child)
+    assert isinstance(agreed, Log)
+    assert "serving engine agrees" in agreed.message
     assert isinstance(hear(child), Finished)
     assert child.wait(timeout=10) == 0
 

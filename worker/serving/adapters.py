@@ -181,6 +181,13 @@ class Layers:
         """Which adapter each row uses."""
         self._route.set([self._places.get(name) for name in names], one_token=one_token)
 
+    def unwrap(self) -> None:
+        """Give the model its own layers back."""
+        for path, layer in self._wrapped.items():
+            self._model.set_submodule(path, layer.base)
+        self._wrapped.clear()
+        self._places.clear()
+
     def _free_slot(self, bucket: int, in_use: Counter[str]) -> int:
         """The lowest slot without an adapter, else that of the one unused for longest.
 

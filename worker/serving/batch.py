@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from app.core.completions import TunedWeights, WeightsKind
@@ -22,6 +21,7 @@ from worker.serving.adapter_files import ModelUnavailable
 from worker.serving.adapters import BASE, AdapterSet
 from worker.serving.attention import use_row_attention
 from worker.serving.cache import SlotCache
+from worker.serving.forward import forward
 from worker.serving.linears import pack_linears
 from worker.serving.prefixes import BLOCK, PrefixCache, block_names
 from worker.serving.sampling import choose_tokens
@@ -66,7 +66,6 @@ class ModelGroup:
         use_row_attention(model)
         pack_linears(model)
         self.model = model
-        self._device = model.device
         self.context_length: int = model.config.max_position_embeddings
         self.adapters = AdapterSet(
             model, budget_bytes=limits.adapter_bytes, max_slots=limits.max_batch, on_read=on_read
@@ -188,25 +187,8 @@ class ModelGroup:
 
     def _forward(self, first: int, ids: list[list[int]], rows: list[Sequence]) -> Tensor:
         """Logits BV of the last position, after writing `ids` (all of one length T) behind each row."""
-        ids_BT = torch.tensor(ids, device=self._device)
-        count = ids_BT.shape[1]
-        step = self.cache.begin(first, len(ids), new_tokens=count)
-        positions_BT = step.starts_B[:, None] + torch.arange(count, device=self._device)
-        mask_B1TL = None  # plain causal attention
-        if not step.uniform or (count > 1 and step.longest > 0):
-            keys_L = torch.arange(step.longest + count, device=self._device)
-            mask_B1TL = (keys_L <= positions_BT[:, :, None])[:, None]
-        self.adapters.route([sequence.adapter or BASE for sequence in rows], one_token=count == 1)
-        output = self.model(
-            input_ids=ids_BT,
-            position_ids=positions_BT,
-            attention_mask=mask_B1TL,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        logits_BV: Tensor = output.logits[:, -1]
-        return logits_BV
+        self.adapters.route([sequence.adapter or BASE for sequence in rows], one_token=len(ids[0]) == 1)
+        return forward(self.model, self.cache, ids, first=first)[:, -1]
 
     def _accept(self, rows: list[Sequence], logits_BV: Tensor) -> None:
         """Choose and hand over one token per row; finished rows leave."""

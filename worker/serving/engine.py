@@ -22,10 +22,11 @@ from app.core.completions import CompletionRequest, Failed, TunedWeights
 from worker.base_model import load_base_model, load_tokenizer, pick_device
 from worker.serving.adapter_files import ModelUnavailable
 from worker.serving.batch import GroupLimits, ModelGroup
-from worker.serving.intake import Intake, Refused
+from worker.serving.intake import Intake
 from worker.serving.loop import ENGINE_ERROR, Loop
 from worker.serving.models import ModelSet
 from worker.serving.outlet import Outlet
+from worker.serving.rendering import Refused
 from worker.serving.sequence import Emit
 
 IDLE_S = 0.5  # how often an idle engine shows that it lives and looks for requests past their time

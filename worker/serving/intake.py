@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from app.core.completions import CompletionRequest, Failed
 from worker.chat_template import ChatTemplate, ChatTemplateError
 from worker.serving.grammar import GrammarError, Grammars
-from worker.serving.prompts import PromptError, Prompts
+from worker.serving.rendering import Refused, Renderer, invalid
 from worker.serving.sequence import Completion, open_sequences
 from worker.serving.text import Decoder
 from worker.serving.vocabulary import make_vocabulary
@@ -23,14 +23,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
-class Refused(Exception):
-    """The request cannot be answered; `failed` is what its sender is told."""
-
-    def __init__(self, failed: Failed) -> None:
-        super().__init__(failed.message)
-        self.failed = failed
-
-
 class Intake:
     """Prompts of one model. `end_ids`: tokens that end an answer."""
 
@@ -38,13 +30,12 @@ class Intake:
         self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, *, chat_template: str | None
     ) -> None:
         self.tokenizer = tokenizer
-        self._template = ChatTemplate(tokenizer, chat_template)
         self.context_length: int = model.config.max_position_embeddings
         self._vocabulary: int = model.config.vocab_size
-        self.end_ids = find_end_ids(tokenizer, model, self._template)
+        self._renderer = Renderer(tokenizer, chat_template, vocabulary=self._vocabulary)
+        self.end_ids = find_end_ids(tokenizer, model, self._renderer.template)
         self._tokens = make_vocabulary(tokenizer, size=self._vocabulary, end_ids=self.end_ids)
         self._grammars = Grammars(self._tokens)
-        self._prompts = Prompts(tokenizer, vocabulary=self._vocabulary)
 
     def prepare(self, request: CompletionRequest) -> None:
         """Do what takes long, in the caller's thread, so that `open` stalls no stream. Raises Refused."""
@@ -60,7 +51,7 @@ class Intake:
     def open(self, request: CompletionRequest) -> Completion:
         """The completion of `request`, all choices waiting. Raises Refused."""
         self._check_bias(request)
-        prompt_ids = self._encode(request)
+        prompt_ids = self._renderer.encode(request)
         limit = self._limit(request, len(prompt_ids))
         end_ids = frozenset() if request.sampling.ignore_eos else self.end_ids
         completion = Completion(request, prompt_ids, end_ids, limit)
@@ -74,30 +65,16 @@ class Intake:
         for token_id in request.sampling.logit_bias:
             if not 0 <= token_id < self._vocabulary:
                 text = f"Invalid 'logit_bias': this model has no token {token_id}; "
-                raise _invalid("logit_bias", text + f"its tokens are 0 to {self._vocabulary - 1}.")
-
-    def _encode(self, request: CompletionRequest) -> list[int]:
-        if request.prompt is not None:
-            try:
-                return self._prompts.encode(request.prompt)
-            except PromptError as error:
-                raise _invalid("prompt", str(error)) from error
-        try:
-            return self._template.encode_prompt(request.messages, request.tools)
-        except ChatTemplateError as error:
-            raise _invalid("messages", str(error)) from error
-        except Exception as error:  # a template may fail in any way; the request is at fault, not the engine
-            _log.warning("chat template failed: %s: %s", type(error).__name__, error)
-            raise _invalid("messages", "The model's chat template cannot render these messages.") from error
+                raise invalid("logit_bias", text + f"its tokens are 0 to {self._vocabulary - 1}.")
 
     def _limit(self, request: CompletionRequest, prompt_tokens: int) -> int:
         """Tokens each choice may have: `max_tokens`, or what the context leaves."""
         asked = request.sampling.max_tokens
         if asked is not None and asked < 1:
-            raise _invalid("max_tokens", f"max_tokens is {asked}, but must be at least 1.")
+            raise invalid("max_tokens", f"max_tokens is {asked}, but must be at least 1.")
         what = "messages" if request.prompt is None else "prompt"
         if prompt_tokens == 0:
-            raise _invalid(what, f"The {what} comes to no tokens at all; write something in it.")
+            raise invalid(what, f"The {what} comes to no tokens at all; write something in it.")
         if prompt_tokens + (asked or 1) > self.context_length:
             raise Refused(self._too_long(prompt_tokens, asked, what=what))
         return asked if asked is not None else self.context_length - prompt_tokens
@@ -146,7 +123,3 @@ def _end_of_turn_ids(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate)
         return set()
     labels = [id for id, is_label in zip(example.ids, example.is_label, strict=True) if is_label]
     return set(labels[-1:]) & set(tokenizer.added_tokens_decoder)
-
-
-def _invalid(param: str, message: str) -> Refused:
-    return Refused(Failed(status=400, code="invalid_value", message=message, param=param))

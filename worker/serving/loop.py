@@ -14,9 +14,10 @@ import torch
 from app.core.completions import CompletionRequest, Failed, TunedWeights, WeightsKind
 from worker.serving.adapter_files import ModelUnavailable
 from worker.serving.batch import CannotBegin, ModelGroup
-from worker.serving.intake import Intake, Refused
+from worker.serving.intake import Intake
 from worker.serving.models import ModelSet
 from worker.serving.outlet import Outlet
+from worker.serving.rendering import Refused
 from worker.serving.sequence import Completion, Sequence
 
 MAX_FAILED_STEPS = 3  # in a row, prompts included; a CUDA error never goes away within a process

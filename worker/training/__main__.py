@@ -101,12 +101,13 @@ def main() -> None:
 
 def _answer(lines: Lines, line: bytes, warm: WarmBase, *, stop: threading.Event) -> TrainWord:
     """Say all words of one job; returns the last."""
+    from worker.serving.scoring import AnswerScorer
     from worker.training.errors import server_error
     from worker.training.loop import train
 
     word: TrainWord = server_error().word
     try:
-        for word in train(TrainSpec.model_validate_json(line), warm, stop=stop):
+        for word in train(TrainSpec.model_validate_json(line), warm, stop=stop, server=AnswerScorer):
             lines.say(word)
     except Exception:
         traceback.print_exc(file=sys.stderr)

@@ -19,6 +19,7 @@ import torch
 from app.core.manifest import TRAINING_STATE
 from worker.base_model import pick_device
 from worker.chat_template import ChatTemplate, TokenizedExample
+from worker.training.agreement import Agreement, OpenServer
 from worker.training.checkpoint import write_checkpoint
 from worker.training.data import epoch_batches
 from worker.training.errors import failure_of
@@ -52,16 +53,21 @@ class _Asked(Exception):
 
 
 def train(
-    spec: TrainSpec, warm: WarmBase | None = None, *, stop: threading.Event | None = None
+    spec: TrainSpec,
+    warm: WarmBase | None = None,
+    *,
+    stop: threading.Event | None = None,
+    server: OpenServer | None = None,
 ) -> Iterator[TrainWord]:
     """Run one attempt. The last word is `Finished`, `Stopped` or `Failed`; errors that are ours are raised.
 
     `warm` keeps the base model for the next call. Once `stop` is set, the attempt ends after the present
-    step with a checkpoint. Closing the generator ends it without one.
+    step with a checkpoint. Closing the generator ends it without one. `server` opens the engine that
+    the result must agree with; without one nothing is compared.
     """
     warm = warm or WarmBase(pick_device())
     try:
-        yield from _attempt(spec, warm, stop or threading.Event())
+        yield from _attempt(spec, warm, stop or threading.Event(), server)
         return
     except Exception as error:
         failed = failure_of(error)
@@ -70,7 +76,9 @@ def train(
     yield failed
 
 
-def _attempt(spec: TrainSpec, warm: WarmBase, stop: threading.Event) -> Iterator[TrainWord]:
+def _attempt(
+    spec: TrainSpec, warm: WarmBase, stop: threading.Event, server: OpenServer | None
+) -> Iterator[TrainWord]:
     try:
         template = ChatTemplate(warm.tokenizer(spec.base_model_dir), spec.chat_template)
         plan = yield from _until_asked(stop, read_plan(spec, template))
@@ -78,12 +86,9 @@ def _attempt(spec: TrainSpec, warm: WarmBase, stop: threading.Event) -> Iterator
     except _Asked:
         yield Stopped(step=max((step_of(Path(folder)) for folder in spec.resume_from[:1]), default=0))
         return
-    if resume is not None and resume.progress.step == plan.total_steps:
-        yield Started(step=plan.total_steps)
-        yield Finished(trained_tokens=plan.trained_tokens, steps=plan.total_steps)
-        return
     with tuned_model(spec, warm, weights_dir=resume.folder if resume else None) as tuned:
-        yield from _Run(plan, tuned, resume).words(stop)
+        agreement = server and Agreement(plan, tuned, warm.tokenizer(spec.base_model_dir), server)
+        yield from _Run(plan, tuned, resume, agreement).words(stop)
 
 
 def _until_asked(
@@ -102,10 +107,14 @@ def _until_asked(
 class _Run:
     """The steps of one attempt, from a checkpoint on or from the beginning."""
 
-    def __init__(self, plan: Plan, tuned: TunedModel, resume: Resume | None) -> None:
+    def __init__(
+        self, plan: Plan, tuned: TunedModel, resume: Resume | None, agreement: Agreement | None
+    ) -> None:
         self._plan = plan
         self._spec = plan.spec
         self._tuned = tuned
+        self._agreement = agreement
+        self._folder = resume.folder if resume else None  # of the last checkpoint
         self._optimizer = _optimizer(tuned.parameters, plan.spec.learning_rate)
         self._validator = Validator(
             plan.validation.examples, seed=plan.spec.seed, steps_per_epoch=plan.steps_per_epoch
@@ -155,6 +164,8 @@ class _Run:
             if stop.is_set() and self._kept == step < self._plan.total_steps:
                 yield Stopped(step=step)
                 return
+        if self._agreement is not None and self._folder is not None:
+            yield from self._agreement.check(self._folder, self._kept)
         yield Finished(trained_tokens=self._plan.trained_tokens, steps=self._plan.total_steps)
 
     def _leave(self, last: Metrics) -> Iterator[TrainWord]:
@@ -207,7 +218,7 @@ class _Run:
         self._tuned.check()
         fill = partial(self._fill, metrics=metrics)
         folder = write_checkpoint(Path(self._spec.output_dir), metrics.step, fill)
-        self._kept, self._kept_at = metrics.step, time.monotonic()
+        self._folder, self._kept, self._kept_at = folder, metrics.step, time.monotonic()
         yield CheckpointReady(metrics=metrics, dir=str(folder))
 
     def _fill(self, folder: Path, *, metrics: Metrics) -> None:

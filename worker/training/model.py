@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from transformers.pytorch_utils import Conv1D
 
@@ -24,7 +25,7 @@ from worker.training.attention import SEGMENTED
 from worker.training.data import FlatBatch, flatten, micro_batches
 from worker.training.errors import TrainingError
 from worker.training.lora import speed_up
-from worker.training.loss import Sums, loss_sums
+from worker.training.loss import Sums, label_log_probabilities, loss_sums
 from worker.training.words import Adapter, TrainSpec
 
 if TYPE_CHECKING:
@@ -98,9 +99,31 @@ class TunedModel:
     def sums(self, examples: Sequence[TokenizedExample]) -> Sums:
         """`loss_sums` in the number type of the device, also where the weights themselves are float32."""
         batch = self.flat(examples)
-        mixed = self.dtype is not torch.float32
-        with torch.autocast(self.device.type, dtype=self.dtype, enabled=mixed):
+        with self.autocast():
             return loss_sums(self.model, batch)
+
+    def log_probabilities(self, example: TokenizedExample) -> torch.Tensor:
+        """log p of each label of one example in float32 nats, as `sums` computes them."""
+        batch = self.flat([example])
+        with self.autocast():
+            return label_log_probabilities(self.model, batch)
+
+    def autocast(self) -> torch.autocast:
+        """Products in the number type of the device."""
+        mixed = self.dtype is not torch.float32
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=mixed)
+
+    @contextmanager
+    def bare(self) -> Iterator[PreTrainedModel]:
+        """The model with its own layers, as an engine finds it; afterwards peft's are back."""
+        layers = [(name, m) for name, m in self.model.named_modules() if isinstance(m, BaseTunerLayer)]
+        for name, layer in layers:
+            self.model.set_submodule(name, layer.get_base_layer())
+        try:
+            yield self.model
+        finally:
+            for name, layer in layers:
+                self.model.set_submodule(name, cast(torch.nn.Module, layer))
 
     def flat(self, examples: Sequence[TokenizedExample]) -> FlatBatch:
         """`examples` as one pass takes them."""
