@@ -13,6 +13,7 @@ from pydantic.json_schema import models_json_schema
 from app.api.schemas.chat import CreateChatCompletion
 from app.api.schemas.completions import CreateCompletion
 from app.api.schemas.jobs import CreateJob
+from app.api.schemas.responses import CreateResponse
 from app.api.schemas.stored_completions import ChangeCompletion
 
 router = APIRouter(include_in_schema=False)
@@ -59,6 +60,7 @@ def describe(app: FastAPI) -> dict[str, Any]:
                 (CreateChatCompletion, "validation"),
                 (CreateCompletion, "validation"),
                 (ChangeCompletion, "validation"),
+                (CreateResponse, "validation"),
             ],
             ref_template="#/components/schemas/{model}",
         )

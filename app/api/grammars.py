@@ -77,12 +77,13 @@ def make_grammar(body: Schema | None, calls: Calls | None) -> str | None:
     grammar = "\n".join(_rules(body, calls))
     if not grammar:
         return None
+    param = "tools" if body is None or calls else body.param
     if len(grammar) > MAX_GRAMMAR_BYTES:
         text = f"The schemas of this request come to more than {MAX_GRAMMAR_BYTES} bytes."
-        raise InvalidRequest(text, code="invalid_value", param="tools" if calls else "response_format")
+        raise InvalidRequest(text, code="invalid_value", param=param)
     if why := _compile(grammar):
         text = f"The schemas of this request cannot be kept to together: {why}."
-        raise InvalidRequest(text, code="invalid_value", param="tools" if calls else "response_format")
+        raise InvalidRequest(text, code="invalid_value", param=param)
     return grammar
 
 
@@ -106,6 +107,11 @@ def check_schema(schema: Schema) -> None:
         raise schema.fault(f"it is larger than {MAX_SCHEMA_BYTES} bytes")
     if why := _compile(f"start: {rule}"):
         raise schema.fault(why)
+
+
+def fits_subset(schema: Mapping[str, Any]) -> bool:
+    """Whether a schema lies in OpenAI's strict subset as it stands."""
+    return not any(_outside_subset(node) for _, node, _ in _walk(schema))
 
 
 def _outside_subset(node: Mapping[str, Any]) -> str | None:

@@ -14,7 +14,16 @@ from app.api.context import open_context
 from app.api.dependencies import require_key
 from app.api.descriptors import log_full_accepts_once
 from app.api.middleware import Edge
-from app.api.routes import chat, completions, files, health, jobs, models, stored_completions
+from app.api.routes import (
+    chat,
+    completions,
+    files,
+    health,
+    jobs,
+    models,
+    responses,
+    stored_completions,
+)
 from app.core.settings import Settings
 
 
@@ -38,7 +47,7 @@ def create_app(settings: Settings) -> FastAPI:
         openapi_url=None,
         redirect_slashes=False,
     )
-    for module in (files, jobs, models, chat, stored_completions, completions, health, docs):
+    for module in (files, jobs, models, chat, stored_completions, responses, completions, health, docs):
         app.include_router(module.router)
     app.openapi = partial(docs.describe, app)  # type: ignore[method-assign]
     errors.install(app)

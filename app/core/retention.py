@@ -5,6 +5,7 @@ Knows of an answer only whose it is, how old and how large.
 
 from __future__ import annotations
 
+import json
 from datetime import timedelta
 
 from sqlalchemy import CursorResult, Select, delete, func, select
@@ -12,10 +13,15 @@ from sqlalchemy.orm import Session
 
 from app.core.db import utc_now
 from app.core.settings import Settings
-from app.core.tables import Stored, StoredCompletion
+from app.core.tables import Stored, StoredCompletion, StoredResponse
 
 MOST = 10_000  # rows of one statement; the rest goes in the next round
-TABLES: tuple[type[Stored], ...] = (StoredCompletion,)
+TABLES: tuple[type[Stored], ...] = (StoredCompletion, StoredResponse)
+
+
+def json_size(*values: object) -> int:
+    """How many bytes of JSON these are, about: enough to add up what a project stores."""
+    return sum(len(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")) for value in values)
 
 
 def drop_old(session: Session, settings: Settings) -> int:

@@ -53,8 +53,10 @@ class Settings(BaseSettings):
     checkpoint_every_s: float = Field(default=600.0, gt=0)  # a job never loses more work than this
     retry_pause_s: float = Field(default=5.0, ge=0)  # before a second try; doubled for each one after it
     idempotency_hours: float = Field(default=48.0, ge=24)  # how long an Idempotency-Key is remembered
-    stored_days: float = Field(default=30.0, ge=1)  # how long stored completions are kept
-    max_stored_bytes: int = Field(default=10**9, gt=0)  # of one project; beyond it the oldest go first
+    stored_days: float = Field(default=30.0, ge=1)  # how long stored completions and responses are kept
+    max_stored_bytes: int = Field(
+        default=10**9, gt=0
+    )  # of each, of one project; beyond it the oldest go first
     kept_checkpoints: int = Field(default=3, ge=2)  # per job, as at OpenAI
 
     # Chat

@@ -5,7 +5,6 @@ Knows neither HTTP nor what a completion holds beyond its id, model and messages
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from sqlalchemy.orm import Session
 
 from app.core.errors import NotFound
 from app.core.pages import Cursor, Page, read_page
+from app.core.retention import json_size
 from app.core.tables import StoredCompletion
 
 
@@ -49,11 +49,6 @@ def keep_completion(session: Session, *, project_id: str, new: NewCompletion) ->
     session.add(row)
     session.flush()
     return row
-
-
-def json_size(*values: object) -> int:
-    """How many bytes of JSON these are, about: enough to add up what a project stores."""
-    return sum(len(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")) for value in values)
 
 
 def get_completion(

@@ -217,3 +217,12 @@ class StoredCompletion(Stored, Base):
 
     request: Mapped[Json] = mapped_column(JSON)
     user_metadata: Mapped[Json | None] = mapped_column("metadata", JSONB(none_as_null=True))
+
+
+class StoredResponse(Stored, Base):
+    """A response, with the items of its own input; those before it are found by `previous_response_id`."""
+
+    __tablename__ = "stored_responses"
+
+    previous_response_id: Mapped[str | None] = mapped_column(String(64))  # may be gone since
+    input_items: Mapped[list[Json]] = mapped_column(JSON)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from app.api.formats import read_format, read_tools
+from app.api.formats import read_format, read_offer, use_tools
 from app.api.grammars import MAX_PROPERTIES, make_grammar
 from app.core.errors import InvalidRequest
 from worker.base_model import load_tokenizer
@@ -49,7 +49,7 @@ def tool(name: str, *, strict: bool | None = None, **parameters: Any) -> dict[st
 def grammar(
     *tools: dict[str, Any], choice: Any = None, parallel: bool | None = None, format: Any = None
 ) -> str | None:
-    use = read_tools(list(tools), choice, parallel=parallel, model="m", format="hermes")
+    use = use_tools(read_offer(list(tools), choice, parallel=parallel), model="m", format="hermes")
     return make_grammar(read_format(format), use.calls if use else None)
 
 
@@ -103,7 +103,7 @@ def test_a_named_function_is_the_one_that_is_called(accepts: Accepts) -> None:
 def test_of_allowed_tools_only_those_are_shown_and_called(accepts: Accepts) -> None:
     named = [{"type": "function", "function": {"name": "b"}}]
     choice = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": named}}
-    use = read_tools([tool("a"), tool("b")], choice, parallel=None, model="m", format="hermes")
+    use = use_tools(read_offer([tool("a"), tool("b")], choice, parallel=None), model="m", format="hermes")
     assert use is not None
     assert [one["function"]["name"] for one in use.shown] == ["b"]
     assert not accepts(make_grammar(None, use.calls), call("a", "{}"))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any
 
@@ -13,37 +11,26 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
 from app.api.answers import Answer, Frame, collect, stream
-from app.api.asking import Asked, ask, check_amounts, check_work, expires_at
+from app.api.asking import ask, check_amounts
 from app.api.body import JsonBody, json_request
-from app.api.calls import Said, with_calls
 from app.api.context import Context
 from app.api.dependencies import CallerDep, ContextDep
-from app.api.formats import read_format, read_tools
-from app.api.grammars import make_grammar
+from app.api.formats import read_format, read_offer
 from app.api.keeping import keep_whole, kept
 from app.api.leaving import EventStream, until_gone
+from app.api.preparing import Conversation, Prepared, prepare
 from app.api.schemas.chat import CreateChatCompletion
 from app.api.schemas.stored_completions import new_completion
-from app.core.completions import CompletionRequest, Sampling
+from app.core.completions import Sampling
 from app.core.db import transaction
 from app.core.errors import InvalidRequest
 from app.core.ids import Prefix, new_id
 from app.core.messages import MessageError, check_messages, check_tools
-from app.core.served_models import ServedModel, resolve
 from app.core.settings import Settings
 from app.core.stored_completions import keep_completion
 
 router = APIRouter(prefix="/v1/chat/completions", tags=["chat"])
 Body = Annotated[CreateChatCompletion, Depends(JsonBody(CreateChatCompletion))]
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A request that can be done. `reads_calls`: tool calls are looked for in the answer."""
-
-    model: ServedModel
-    ask: CompletionRequest
-    reads_calls: bool
 
 
 @router.post("", openapi_extra=json_request(CreateChatCompletion))
@@ -58,7 +45,7 @@ async def create_chat_completion(
     frame = Frame(prepared.ask.id, int(time.time()), prepared.model.id, n, body.wants_usage, metadata)
     keep = partial(_keep, context, caller.project_id, body)
     asked = await ask(context, request, [prepared.ask])
-    words = _words(asked, prepared)
+    words = prepared.words(asked)
     if body.stream:
         words = kept(words, Answer(frame), keep) if body.store else words
         return EventStream(stream(frame, words), at_end=asked.close)
@@ -75,11 +62,6 @@ async def create_chat_completion(
 def _keep(context: Context, project_id: str, body: CreateChatCompletion, whole: dict[str, Any]) -> None:
     with transaction(context.sessions) as session:
         keep_completion(session, project_id=project_id, new=new_completion(body, whole))
-
-
-def _words(asked: Asked, prepared: Prepared) -> AsyncIterator[list[Said]]:
-    words: Any = asked.words()
-    return with_calls(words, n=prepared.ask.sampling.n) if prepared.reads_calls else words
 
 
 def check(body: CreateChatCompletion, settings: Settings) -> Sampling:
@@ -113,31 +95,12 @@ def _check_conversation(body: CreateChatCompletion, settings: Settings) -> None:
 
 def _prepare(context: Context, project_id: str, body: CreateChatCompletion) -> Prepared:
     sampling = check(body, context.settings)
-    with context.sessions() as session:
-        model = resolve(session, context.catalogue, project_id=project_id, name=body.model)
-    entry = context.catalogue.find(model.base_model)
-    check_work(context.settings, sampling, entry)
-    use = read_tools(
-        body.tools,
-        body.tool_choice,
-        parallel=body.parallel_tool_calls,
-        model=model.base_model,
-        format=entry.tool_format if entry else None,
-    )
-    grammar = make_grammar(read_format(body.response_format), use.calls if use else None)
-    if grammar and sampling.ignore_eos:
-        text = "'luthier.ignore_eos' cannot be kept to together with a response format or forced tool calls."
-        raise InvalidRequest(text, code="invalid_value", param="luthier.ignore_eos")
-    ask = CompletionRequest(
+    asked = Conversation(
         id=new_id(Prefix.COMPLETION),
-        project_id=project_id,
-        base_model=model.base_model,
-        tuned=model.tuned,
+        model=body.model,
         messages=body.messages,
-        tools=use.shown if use else None,
         sampling=sampling,
-        grammar=grammar,
-        reply_to=context.replies.stream,
-        expires_at=expires_at(context.settings),
+        offer=read_offer(body.tools, body.tool_choice, parallel=body.parallel_tool_calls),
+        format=read_format(body.response_format),
     )
-    return Prepared(model, ask, use is not None)
+    return prepare(context, project_id, asked)

@@ -10,9 +10,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from app.api.faults import shown
 from app.api.schemas.fields import Metadata
-from app.api.schemas.sampling import SamplingFields
+from app.api.schemas.sampling import LEAVE_OUT, SamplingFields, Unsupported, refuse_by_name
 from app.core.errors import InvalidRequest
 
 
@@ -65,14 +64,7 @@ class CreateChatCompletion(SamplingFields):
 
     def refuse_unsupported(self) -> None:
         """Raise for every field whose value asks for something this version does not do."""
-        for field, harmless, cure in _UNSUPPORTED:
-            value = getattr(self, field)
-            if value is not None and value not in harmless:
-                raise InvalidRequest(
-                    f"'{field}' with the value {shown(value, length=40)} is not supported here. {cure}",
-                    code="unsupported_parameter",
-                    param=field,
-                )
+        refuse_by_name(self, _UNSUPPORTED)
         self.refuse_lone_stream_options()
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequest(
@@ -82,11 +74,10 @@ class CreateChatCompletion(SamplingFields):
             )
 
 
-_LEAVE_OUT = "Leave it out."
-_UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+_UNSUPPORTED: Unsupported = (
     ("modalities", (["text"],), 'Only ["text"] is.'),
-    ("audio", (), _LEAVE_OUT),
+    ("audio", (), LEAVE_OUT),
     ("functions", (), "Use 'tools'."),
     ("function_call", (), "Use 'tool_choice'."),
-    ("web_search_options", (), _LEAVE_OUT),
+    ("web_search_options", (), LEAVE_OUT),
 )

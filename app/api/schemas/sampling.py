@@ -10,6 +10,8 @@ from app.api.faults import kind_of, shown
 from app.api.schemas.fields import Body, Name, fault
 from app.core.errors import InvalidRequest
 
+LEAVE_OUT = "Leave it out."
+Unsupported = tuple[tuple[str, tuple[Any, ...], str], ...]  # field, values that ask for nothing, cure
 MAX_STOPS = 4
 MAX_STOP_LENGTH = 1024  # characters; each is searched for in every new piece of text
 MAX_BIASES = 1024  # tokens of one request; each is added to in every step
@@ -126,3 +128,15 @@ class SamplingFields(Body):
             "logit_bias": self.logit_bias or {},
             "ignore_eos": self.ignores_eos,
         }
+
+
+def refuse_by_name(body: Body, unsupported: Unsupported) -> None:
+    """Raise for the first field whose value asks for something this version does not do."""
+    for field, harmless, cure in unsupported:
+        value = getattr(body, field)
+        if value is not None and value not in harmless:
+            raise InvalidRequest(
+                f"'{field}' with the value {shown(value, length=40)} is not supported here. {cure}",
+                code="unsupported_parameter",
+                param=field,
+            )

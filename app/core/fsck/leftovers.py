@@ -90,7 +90,7 @@ def check_idempotency(site: Site) -> Iterator[Finding]:
 
 
 def check_stored(site: Site) -> Iterator[Finding]:
-    """Stored completions go once they are past their time."""
+    """Stored completions and responses go once they are past their time."""
     past = utc_now() - timedelta(days=site.settings.stored_days, hours=1)
     with site.snapshot() as session:
         for table in retention.TABLES:
