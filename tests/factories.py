@@ -16,7 +16,9 @@ from app.core.files import NewFile, create_file
 from app.core.ids import Prefix, new_id
 from app.core.status import JobStatus
 from app.core.storage import Storage
-from app.core.tables import Checkpoint, File, Job, Project, TunedModel
+from app.core.stored_completions import NewCompletion, keep_completion
+from app.core.stored_responses import NewResponse, keep_response
+from app.core.tables import Checkpoint, File, Job, Project, StoredCompletion, StoredResponse, TunedModel
 from app.core.vocabulary import Purpose
 
 LUTHIER: dict[str, Any] = {
@@ -145,3 +147,17 @@ def make_finished_job(session: Session, storage: Storage, *, project: Project, n
     events.add_message(session, job, f"New fine-tuned model created: {name}")
     events.add_message(session, job, "The job has successfully completed")
     return job
+
+
+def make_stored_completion(session: Session, *, project: Project) -> StoredCompletion:
+    """A chat completion that was stored."""
+    request: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "options": {}}
+    response = {"id": new_id(Prefix.COMPLETION), "model": DEFAULT_BASE_MODEL, "choices": []}
+    return keep_completion(session, project_id=project.id, new=NewCompletion(request, response, None))
+
+
+def make_stored_response(session: Session, *, project: Project) -> StoredResponse:
+    """A response that was stored."""
+    response = {"id": new_id(Prefix.RESPONSE), "model": DEFAULT_BASE_MODEL, "output": []}
+    new = NewResponse(response | {"previous_response_id": None}, [])
+    return keep_response(session, project_id=project.id, new=new)

@@ -25,7 +25,12 @@ from app.core.tables import ApiKey
 from tests.api.conftest import MAX_BODY_BYTES, Tenant
 from tests.api.expecting import assert_refused
 from tests.api.servers import api_server, send_raw
-from tests.factories import make_file, make_finished_job
+from tests.factories import (
+    make_file,
+    make_finished_job,
+    make_stored_completion,
+    make_stored_response,
+)
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 
@@ -95,12 +100,17 @@ def test_another_projects_ids_answer_exactly_like_ids_that_do_not_exist(
     with transaction(sessions) as session:
         job = make_finished_job(session, storage, project=neighbour.project)
         foreign = {"file_id": job.training_file, "job_id": job.id, "model:path": job.fine_tuned_model or ""}
+        foreign["completion_id"] = make_stored_completion(session, project=neighbour.project).id
+        foreign["response_id"] = make_stored_response(session, project=neighbour.project).id
     walked = 0
     for method, path in ROUTES:
         for parameter in re.findall(r"{([^}]+)}", path):
             walked += 1
             answers = [
-                tenant.http.request(method, fill(path, id)) for id in (foreign[parameter], "absent-id")
+                tenant.http.request(
+                    method, fill(path, id), json={"metadata": None} if method == "POST" else None
+                )
+                for id in (foreign[parameter], "absent-id")
             ]
             assert [answer.status_code for answer in answers] == [404, 404], (method, path)
             texts = [
