@@ -36,9 +36,11 @@ class Context:
 def make_context(settings: Settings) -> Context:
     """Connections are opened when first used, so a database that is late does no harm here."""
     celery = make_celery(settings)
+    # A worker that is frozen while it writes to its job must let go of the row before its lease ends.
+    idle_s = min(60.0, settings.lease_s / 2)
     return Context(
         settings=settings,
-        sessions=make_sessions(make_engine(settings.database_url)),
+        sessions=make_sessions(make_engine(settings.database_url, idle_s=idle_s)),
         storage=Storage(settings.storage_dir),
         catalogue=load_catalogue(settings.models_file),
         celery=celery,

@@ -84,11 +84,15 @@ class _Impatient(psycopg.Connection[Any]):
             raise
 
 
-def make_engine(url: str, *, patience_s: float = 20.0, statement_s: float = 30.0) -> Engine:
+def make_engine(
+    url: str, *, patience_s: float = 20.0, statement_s: float = 30.0, idle_s: float = 60.0
+) -> Engine:
     """An engine whose connections notice a dead server and never wait for one without end.
 
     `patience_s`: how long to wait for rows that others have locked, and for a connection of the pool.
     `statement_s`: how long one statement may take.
+    `idle_s`: how long a transaction may rest between two. The server then ends it: a process that was frozen
+    in the middle of one keeps its rows from all others until then.
     """
     kind: type[_Impatient] = type("Connection", (_Impatient,), {"answer_s": statement_s + 2.0})
     # A row in demand is waited for twice, first in line and then for its holder; each may take half.
@@ -109,7 +113,7 @@ def make_engine(url: str, *, patience_s: float = 20.0, statement_s: float = 30.0
             # cut line hangs for a quarter of an hour, far past any lease.
             "tcp_user_timeout": 15_000,
             "options": f"-c statement_timeout={statement_s * 1000:.0f} -c lock_timeout={lock_ms}"
-            " -c idle_in_transaction_session_timeout=60000",
+            f" -c idle_in_transaction_session_timeout={idle_s * 1000:.0f}",
         },
     )
     event.listen(engine, "do_connect", lambda _d, _r, args, options: kind.connect(*args, **options))

@@ -6,17 +6,22 @@ import dataclasses
 import os
 import socket
 import threading
+import time
 from contextlib import suppress
 
 import pytest
 from sqlalchemy import text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, sessionmaker
 
+from app.core import attempts
+from app.core.attempts import Attempt
 from app.core.db import make_engine, make_sessions, transaction
 from app.core.status import JobStatus
+from app.core.tables import Job
 from tests.worker.desk import Desk, child_of, running, wait_for, warm
+from worker.context import make_context
 from worker.runner import Runner
 from worker.trainer import Trainer
 
@@ -116,3 +121,22 @@ def _alive(pid: int) -> bool:
 
 def _database_time(session: Session) -> object:
     return session.scalar(text("SELECT clock_timestamp()"))
+
+
+def test_a_worker_frozen_while_it_writes_to_its_job_lets_go_of_the_row_before_its_lease_ends(
+    desk: Desk, sessions: sessionmaker[Session]
+) -> None:
+    job_id = desk.queue()
+    context = make_context(desk.context.settings.model_copy(update={"lease_s": 1.0}))
+    with context.sessions() as frozen:
+        job = attempts.claim_job(frozen, worker="frozen", lease_s=1.0)
+        assert job is not None
+        frozen.commit()
+        attempts.renew_lease(frozen, Attempt(job_id, 1), lease_s=1.0)  # and here it stops
+        with sessions() as other:
+            began = time.monotonic()
+            other.get_one(Job, job_id, with_for_update=True)
+            assert time.monotonic() - began < 1.0
+        with pytest.raises(DBAPIError):
+            frozen.commit()
+        frozen.invalidate()
