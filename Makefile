@@ -59,13 +59,16 @@ bench-serve: $(VENV)/dev.stamp $(WEIGHTS) ## measure the engine beside plain pef
 bench-train: $(VENV)/run.stamp $(WEIGHTS) $(PEERS)/train.stamp ## measure training against TRL; ARGS='b1 --rows 32 --epochs 1'
 	PYTHONPATH=. $(VENV)/bin/python benchmarks/train.py --model-dir $(dir $(WEIGHTS)) --peer-python $(PEERS)/train/bin/python $(ARGS)
 
+bench-memory: $(VENV)/run.stamp $(WEIGHTS) ## memory and time a token of training as the work grows; ARGS='--adapter qlora'
+	PYTHONPATH=. $(VENV)/bin/python benchmarks/memory.py --model-dir $(dir $(WEIGHTS)) $(ARGS)
+
 migration: $(VENV)/dev.stamp ## draft a migration from the change in the tables; NAME='add x to y'
 	@$(RUN) migrations.draft "$(NAME)"
 
 clean: ## remove the environment and what tools left; data stays
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 
-.PHONY: help demo up setup check fmt test chaos chaos-all soak bare clients bench-flow bench-serve bench-train migration clean
+.PHONY: help demo up setup check fmt test chaos chaos-all soak bare clients bench-flow bench-serve bench-train bench-memory migration clean
 
 # A stamp is as old as the installation it stands for.
 $(VENV)/run.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python

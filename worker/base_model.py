@@ -7,10 +7,14 @@ of a model's folder is ever run.
 from __future__ import annotations
 
 import logging
+import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+
+from worker.cgroup import memory_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,6 +37,16 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     return torch.bfloat16 if _cpu_has_bf16_units() else torch.float32
+
+
+def memory_of(device: torch.device) -> int | None:
+    """Bytes of the device's own memory; of a CPU what the machine has or the control group allows."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    limits = [memory_limit("self")]
+    with suppress(OSError, ValueError):  # names that this system does not know
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return min((limit for limit in limits if limit is not None and limit > 0), default=None)
 
 
 def load_tokenizer(dir: str | Path) -> PreTrainedTokenizerBase:

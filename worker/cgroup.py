@@ -106,6 +106,17 @@ class MemoryKills:
         return 0 if self._file is None else _counter(self._file)
 
 
+def memory_limit(pid: int | str) -> int | None:
+    """Bytes of memory that the process's groups allow it, the tightest of them; None: no group limits it."""
+    limits: list[int] = []
+    for group in _groups_of(pid):
+        for folder in (group, *group.parents):
+            for name in ("memory.max", "memory.limit_in_bytes"):
+                with suppress(OSError, ValueError):  # not there, or the word "max"
+                    limits.append(int((folder / name).read_text()))
+    return min(limits, default=None)
+
+
 def _counter(file: Path) -> int:
     with suppress(OSError, KeyError, ValueError):
         words = dict(line.split(" ", 1) for line in file.read_text().splitlines())

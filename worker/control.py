@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import logging
-import time
+from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.core import attempts, hyperparameters
-from app.core.dataset import DatasetError, read_examples, read_lines
 from app.core.db import transaction
 from app.core.housekeeping import purge, sweep, tidy
+from app.core.hyperparameters import Hyperparameters
 from app.core.log import bind
 from app.core.queue import Task
 from app.core.status import JobStatus
 from app.core.tables import Job
 from worker.context import Context
-from worker.inputs import JobInputError, find_input
+from worker.estimates import estimate
+from worker.inputs import JobInputError
+from worker.validation import check_file
 
 log = logging.getLogger(__name__)
-FRESH_S = 4.0  # how often a long validation says it is alive, so that nobody sends its hint again
 
 
 def validate_job(context: Context, job_id: str) -> None:
@@ -35,9 +36,7 @@ def _validate(context: Context, job_id: str) -> None:
     if job is None:
         return
     try:
-        n_examples = _count_examples(context, job, "training_file")
-        if job.validation_file is not None:
-            _count_examples(context, job, "validation_file")
+        numbers, expected = assess(context, job)
     except JobInputError as bad:
         _fail(context, job_id, bad.error)
         return
@@ -48,11 +47,21 @@ def _validate(context: Context, job_id: str) -> None:
         text = "The job failed due to an error of the server while it read the files. Tell the operator"
         _fail(context, job_id, {"code": "server_error", "message": text, "param": None})
         return
-    resolved = hyperparameters.resolve(job.hyperparameters, n_examples=n_examples)
     with transaction(context.sessions) as session:
-        queued = attempts.finish_validation(session, job_id, hyperparameters=resolved.as_json())
+        queued = attempts.finish_validation(
+            session, job_id, hyperparameters=numbers.as_json(), estimate=expected
+        )
         if queued is not None and queued.status is JobStatus.QUEUED:
             context.sender.hint_on_commit(session, Task.RUN_JOB, job_id)
+
+
+def assess(context: Context, job: Job) -> tuple[Hyperparameters, dict[str, Any]]:
+    """Read the files of a job; its numbers and what it will take. Raises JobInputError with what is wrong."""
+    files = [check_file(context, job, "training_file")]
+    if job.validation_file is not None:
+        files.append(check_file(context, job, "validation_file"))
+    numbers = hyperparameters.resolve(job.hyperparameters, n_examples=files[0].examples)
+    return numbers, estimate(context, job, numbers, files)
 
 
 def _fail(context: Context, job_id: str, error: dict[str, str | None]) -> None:
@@ -77,41 +86,3 @@ def tidy_up(context: Context) -> None:
         count = tidy(session, context.storage, context.settings)
     if count:
         log.info("housekeeping: %d things without an owner removed", count)
-
-
-def _count_examples(context: Context, job: Job, param: str) -> int:
-    """How many examples a file of the job holds; raises JobInputError."""
-    file_id: str = getattr(job, param)
-    name = param.replace("_", " ")
-    with context.sessions() as session:
-        path = find_input(context, session, file_id=file_id, param=param)
-    count, fresh_at = 0, time.monotonic()
-    try:
-        with path.open("rb") as file:
-            for _ in read_examples(read_lines(file, max_line_bytes=context.settings.max_line_bytes)):
-                count += 1
-                if time.monotonic() - fresh_at > FRESH_S:
-                    fresh_at = time.monotonic()
-                    _stay_fresh(context, job.id)
-    except DatasetError as error:
-        text = f"The job failed due to an invalid {name}. {error.message}"
-        raise JobInputError(code=f"invalid_{param}", message=text, param=param) from None
-    _check_count(context, param, count)
-    return count
-
-
-def _check_count(context: Context, param: str, count: int) -> None:
-    settings = context.settings
-    least = settings.min_examples if param == "training_file" else 1
-    name = param.replace("_", " ").capitalize()
-    if count < least:
-        text = f"{name} has {count} example(s), but must have at least {least} examples"
-        raise JobInputError(code="invalid_n_examples", message=text, param=param)
-    if count > settings.max_examples:
-        text = f"{name} has {count} examples, but may have at most {settings.max_examples}"
-        raise JobInputError(code="invalid_n_examples", message=text, param=param)
-
-
-def _stay_fresh(context: Context, job_id: str) -> None:
-    with transaction(context.sessions) as session:
-        attempts.stay_fresh(session, job_id)

@@ -15,7 +15,8 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
@@ -59,8 +60,8 @@ class Trainer:
         self._is_ending = False  # killed, and not yet seen gone
         self._tree: ProcessTree | None = None
         self._words: queue.Queue[TrainWord | None] = queue.Queue()
-        self._ready = threading.Event()
-        self._came_up = False  # the child before this one was ready once
+        self._ready: Future[Ready] = Future()
+        self._before: Ready | None = None  # what the child before this one said
         self._lock = threading.Lock()
         self._memory_kills: MemoryKills | None = None
         # Linux ends the child with the thread that started it, so that thread has to stay.
@@ -69,12 +70,15 @@ class Trainer:
     @property
     def is_ready(self) -> bool:
         """Whether a living child has its imports behind it."""
-        return self._ready.is_set() and self._is_alive
+        return self._ready.done() and self._is_alive
 
     @property
-    def can_come_up(self) -> bool:
-        """Whether a child is ready, or comes after one that was: ended ones are soon replaced."""
-        return self._ready.is_set() or self._came_up
+    def device(self) -> Ready | None:
+        """What a child that is ready says of its device; or the one before it said: ended ones are replaced.
+
+        None where neither came up.
+        """
+        return self._ready.result() if self._ready.done() else self._before
 
     def start(self) -> None:
         """Start a child; it says `Ready` once its imports are done. No effect while one lives.
@@ -87,7 +91,8 @@ class Trainer:
             if not self._release():
                 raise TrainerDiedError("Processes of an earlier training run hold the device.")
             self._words = queue.Queue()
-            self._came_up, self._ready = self._ready.is_set(), threading.Event()
+            self._before = self._ready.result() if self._ready.done() else None
+            self._ready = Future()
             self._tree = self._tree or ProcessTree.make(memory_bytes=self._memory_bytes)
             self._tree.guard()
             process = self._starter.submit(self._spawn, self._tree.environment).result()
@@ -101,7 +106,7 @@ class Trainer:
     def wait_ready(self, *, timeout_s: float) -> bool:
         """Whether the child has come up within the time; raises TrainerDiedError when it ended instead."""
         deadline = time.monotonic() + timeout_s
-        while not self._ready.wait(min(0.2, timeout_s)):
+        while not wait_for([self._ready], timeout=min(0.2, timeout_s)).done:
             process = self._process
             if process is None or process.poll() is not None:
                 raise self._death()
@@ -246,7 +251,7 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _read(stream: IO[bytes], words: queue.Queue[TrainWord | None], ready: threading.Event) -> None:
+def _read(stream: IO[bytes], words: queue.Queue[TrainWord | None], ready: Future[Ready]) -> None:
     with suppress(ValueError, OSError):  # the pipe was closed
         while line := stream.readline(_LONGEST_WORD):
             try:
@@ -255,7 +260,8 @@ def _read(stream: IO[bytes], words: queue.Queue[TrainWord | None], ready: thread
                 log.error("the trainer said something that is no word: %d bytes", len(line))
                 continue
             if isinstance(word, Ready):
-                ready.set()
+                if not ready.done():
+                    ready.set_result(word)
             else:
                 words.put(word)
     words.put(None)

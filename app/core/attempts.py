@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, case, func, literal, or_, select, update
+from sqlalchemy import ColumnElement, case, cast, func, literal, or_, select, update
+from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session, aliased
 
 from app.core import events
@@ -191,9 +192,15 @@ def find_dead(session: Session, *, limit: int = 50) -> list[tuple[Attempt, str |
     return [(Attempt(row.id, row.attempt), row.worker) for row in rows]
 
 
-def finish_validation(session: Session, job_id: str, *, hyperparameters: dict[str, Any]) -> Job | None:
+def finish_validation(
+    session: Session, job_id: str, *, hyperparameters: dict[str, Any], estimate: dict[str, Any] | None = None
+) -> Job | None:
     """Move a job whose files are good into the queue; None when it is no longer being validated."""
-    values = {"hyperparameters": hyperparameters, "hinted_at": func.clock_timestamp()}
+    values = {
+        "hyperparameters": hyperparameters,
+        "luthier": Job.luthier.op("||")(cast({"estimate": estimate}, JSONB)),
+        "hinted_at": func.clock_timestamp(),
+    }
     job = _validated(session, job_id, values | _queued_or_paused())
     if job is not None:
         state = "paused, as asked" if job.status is JobStatus.PAUSED else "queued"

@@ -59,6 +59,8 @@ class Settings(BaseSettings):
     )  # of each, of one project; beyond it the oldest go first
     kept_checkpoints: int = Field(default=3, ge=2)  # per job, as at OpenAI
 
+    price_per_gpu_hour: float | None = Field(default=None, ge=0)  # of a worker, for estimates; any currency
+
     # Chat
     first_word_s: float = Field(default=60.0, gt=0)  # no word by then: 503
     word_gap_s: float = Field(default=120.0, gt=0)  # silence in the middle of an answer that ends it

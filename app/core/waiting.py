@@ -66,6 +66,11 @@ def outlooks(
     return found
 
 
+def expected_seconds(session: Session, *, base_model: str, adapter: str, work: float) -> float | None:
+    """How long a job of so many bytes times epochs is likely to take; None before any has finished."""
+    return _Pace(session).seconds(f"{base_model}/{adapter}", work)
+
+
 def _plain_outlook(job: Job) -> Outlook:
     if job.status is JobStatus.VALIDATING_FILES:
         return Outlook("Its files are being checked.")

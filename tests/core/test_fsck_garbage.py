@@ -13,8 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from app.core.attempts import Attempt
-from app.core.fsck.tensors import check_header
 from app.core.manifest import MANIFEST, DamagedError, verify, write_manifest
+from app.core.tensors import check_header
 from tests.core.installation import Installation, fill
 
 QUICKLY = settings(

@@ -176,18 +176,18 @@ def test_a_child_that_follows_one_that_was_ready_is_trusted_to_come_up_until_it_
     program.write_text(
         'import time\nprint(\'{"word": "ready", "device": "cpu"}\', flush=True)\ntime.sleep(60)'
     )
-    assert not trainer.can_come_up
+    assert trainer.device is None
     trainer.start()
     assert trainer.wait_ready(timeout_s=20)
     trainer.kill()  # as a cancel does
-    assert trainer.can_come_up
+    assert trainer.device is not None
     program.write_text("raise SystemExit(1)")
     trainer.start()
-    assert trainer.can_come_up
+    assert trainer.device is not None
     with pytest.raises(TrainerDiedError):
         trainer.wait_ready(timeout_s=20)
     trainer.start()
-    assert not trainer.can_come_up
+    assert trainer.device is None
 
 
 def test_stop_ends_a_child_that_will_not_and_all_it_started(

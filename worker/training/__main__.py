@@ -81,14 +81,15 @@ def main() -> None:
     lines.start()
     from transformers.utils import logging
 
-    from worker.base_model import pick_device
+    from worker.base_model import memory_of, pick_device
     from worker.training.model import WarmBase
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     warm = WarmBase(pick_device())
     ask = Ask()
     signal.signal(signal.SIGTERM, ask)
-    lines.say(Ready(device=str(warm.device)))
+    memory_bytes = memory_of(warm.device)
+    lines.say(Ready(device=warm.device.type, number_bytes=warm.dtype.itemsize, memory_bytes=memory_bytes))
     while True:
         line = lines.next_line()
         ask.is_busy = True

@@ -71,7 +71,9 @@ class Ready(Wire):
     """The child process has its imports behind it and waits for a `TrainSpec`. Said once."""
 
     word: Literal["ready"] = "ready"
-    device: str
+    device: str  # cpu or cuda
+    number_bytes: int = 4  # of one number in products
+    memory_bytes: int | None = None  # of the device; on a CPU what this process may have; None: unknown
 
 
 class Section(StrEnum):

@@ -80,7 +80,8 @@ def job_object(job: Job, outlook: Outlook | None = None) -> JobObject:
         integrations=[],
         metadata=job.user_metadata,
         user_provided_suffix=job.suffix,
-        luthier=job.luthier
+        luthier={"estimate": None}
+        | job.luthier
         | {
             "attempt": job.attempt,
             "pausing": job.pause_requested_at is not None,

@@ -14,10 +14,10 @@ from app.core import manifest
 from app.core.completions import WeightsKind
 from app.core.db import utc_now
 from app.core.fsck.finding import BUG, HOUSEKEEPING, Finding, Severity, Site, remove
-from app.core.fsck.tensors import check_header
 from app.core.manifest import DamagedError
 from app.core.status import FINAL, JobStatus
 from app.core.tables import Checkpoint, File, Job, TunedModel
+from app.core.tensors import check_header
 
 
 def check_models(site: Site) -> Iterator[Finding]:

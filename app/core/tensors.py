@@ -1,4 +1,4 @@
-"""The header of a safetensors file, read without torch: does the file hold what it announces?
+"""The header of a safetensors file, read without torch: which tensors it has, and whether they are all there.
 
 Format: github.com/huggingface/safetensors, "Format": 8 bytes of length, a JSON header, the bytes.
 """
@@ -25,7 +25,7 @@ _BITS = {
 def check_header(path: Path) -> None:
     """Raises DamagedError unless the tensors fill the file exactly, each as long as its shape says."""
     try:
-        header, size_bytes = _read(path)
+        header, size_bytes = read_header(path)
         spans = sorted(_span(tensor) for name, tensor in header.items() if name != "__metadata__")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
         raise DamagedError(f"{path.name} has no readable header") from None
@@ -38,8 +38,8 @@ def check_header(path: Path) -> None:
         raise DamagedError(f"{path.name} is not as long as its tensors")
 
 
-def _read(path: Path) -> tuple[dict[str, Any], int]:
-    """The header, and how many bytes follow it."""
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header, and how many bytes follow it. Raises OSError, or ValueError where it is none."""
     size_bytes = path.stat().st_size
     if not stat.S_ISREG(path.stat().st_mode):
         raise ValueError("no file")
