@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,14 @@ def test_a_job_ends_after_the_engine_gave_its_answers_the_same_log_probabilities
     make_spec: MakeSpec, warm: WarmBase, tmp_path: Path, adapter: str
 ) -> None:
     held_out = str(write_examples(tmp_path / "held-out.jsonl", 6))
-    words = told(train(make_spec(adapter=adapter, validation_file=held_out), warm, server=AnswerScorer))
+    spec = make_spec(adapter=adapter, validation_file=held_out)
+    words = []
+    for word in train(spec, warm, server=AnswerScorer):
+        words.append(word)
+        if isinstance(word, CheckpointReady):
+            shutil.move(word.dir, tmp_path / "storage")  # as its parent does
     assert isinstance(words[-1], Finished)
+    assert list(Path(spec.output_dir).iterdir()) == []
     assert "held-out" in agreed(words)[0]
     assert nats(words) < 1e-5
 

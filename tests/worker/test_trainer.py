@@ -21,6 +21,7 @@ from worker.training.words import (
     CheckpointReady,
     Failed,
     Finished,
+    Log,
     Started,
     StepDone,
     TrainSpec,
@@ -68,7 +69,7 @@ def test_one_child_trains_job_after_job(trainer: Trainer, spec: TrainSpec) -> No
     for number in (1, 2):
         words = run(trainer, spec.model_copy(update={"output_dir": f"{spec.output_dir}{number}"}))
         kinds = [type(word) for word in words]
-        assert kinds == [Started, StepDone, StepDone, CheckpointReady, Finished]
+        assert kinds == [Started, StepDone, StepDone, CheckpointReady, Log, Finished]
     trainer.start()
     assert ready(trainer).pid == child.pid
     assert trainer.next_word(timeout_s=0.01) is None

@@ -7,16 +7,18 @@ are rendered by both before the first step, and scored by both before the attemp
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice, takewhile
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from app.core.dataset import Example, read_examples, read_lines
 from app.core.failures import FailureCode
+from app.core.manifest import write_manifest
 from worker.chat_template import ChatTemplate, TokenizedExample
 from worker.training.errors import TrainingError
 from worker.training.model import TunedModel
@@ -84,12 +86,12 @@ class Agreement:
         except ValueError as error:
             raise _mismatch(f"The engine cannot serve it: {error}.") from error
 
-    def check(self, folder: Path, step: int) -> Generator[TrainWord, None, None]:
-        """Score the rows both ways with the weights of `folder`, those in memory; says what was found."""
+    def check(self, step: int) -> Generator[TrainWord, None, None]:
+        """Score the rows both ways with the weights in memory; says what was found."""
         if not self._rows:
             return
         yield from Pulse(Section.VALIDATION, step).begin()
-        ours, theirs = self._scores(folder)
+        ours, theirs = self._scores()
         gaps = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
         mean, limit = sum(gaps) / len(gaps), self._limit_nats()
         if not mean <= limit:  # also where it is no number
@@ -112,20 +114,33 @@ class Agreement:
             if row.whole and last in controls and not self._server.ends_answer(last):
                 raise _mismatch("It does not know the token by which trained answers end.")
 
-    def _scores(self, folder: Path) -> tuple[list[float], list[float]]:
+    def _scores(self) -> tuple[list[float], list[float]]:
         tuned = self._tuned
         tuned.model.train(False)
         with torch.no_grad():
             ours = [p for row in self._rows for p in tuned.log_probabilities(_example(row)).tolist()]
-        full = self._spec.adapter is Adapter.FULL
+        rows = [(row.prompt, row.answer) for row in self._rows]
         try:
-            with tuned.bare(), tuned.autocast() if full else nullcontext():
-                rows = [(row.prompt, row.answer) for row in self._rows]
-                found = self._server.log_probabilities(None if full else folder, rows)
+            if self._spec.adapter is Adapter.FULL:
+                with tuned.autocast():
+                    found = self._server.log_probabilities(None, rows)
+            else:
+                with self._saved() as folder, tuned.bare():
+                    found = self._server.log_probabilities(folder, rows)
         except ValueError as error:
             raise _mismatch(f"The engine cannot serve it: {error}.") from error
         tuned.model.train()
         return ours, [p for row in found for p in row]
+
+    @contextmanager
+    def _saved(self) -> Iterator[Path]:
+        """The adapter as a checkpoint holds it; the checkpoint itself may have gone to storage by now."""
+        parent = Path(self._spec.output_dir)
+        parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=parent, prefix=".agreement-") as name:
+            self._tuned.save(Path(name))
+            write_manifest(Path(name))
+            yield Path(name)
 
     def _limit_nats(self) -> float:
         return EXACT_NATS if self._tuned.dtype is torch.float32 else ROUNDED_NATS

@@ -114,7 +114,6 @@ class _Run:
         self._spec = plan.spec
         self._tuned = tuned
         self._agreement = agreement
-        self._folder = resume.folder if resume else None  # of the last checkpoint
         self._optimizer = _optimizer(tuned.parameters, plan.spec.learning_rate)
         self._validator = Validator(
             plan.validation.examples, seed=plan.spec.seed, steps_per_epoch=plan.steps_per_epoch
@@ -164,8 +163,8 @@ class _Run:
             if stop.is_set() and self._kept == step < self._plan.total_steps:
                 yield Stopped(step=step)
                 return
-        if self._agreement is not None and self._folder is not None:
-            yield from self._agreement.check(self._folder, self._kept)
+        if self._agreement is not None:
+            yield from self._agreement.check(self._kept)
         yield Finished(trained_tokens=self._plan.trained_tokens, steps=self._plan.total_steps)
 
     def _leave(self, last: Metrics) -> Iterator[TrainWord]:
@@ -218,7 +217,7 @@ class _Run:
         self._tuned.check()
         fill = partial(self._fill, metrics=metrics)
         folder = write_checkpoint(Path(self._spec.output_dir), metrics.step, fill)
-        self._folder, self._kept, self._kept_at = folder, metrics.step, time.monotonic()
+        self._kept, self._kept_at = metrics.step, time.monotonic()
         yield CheckpointReady(metrics=metrics, dir=str(folder))
 
     def _fill(self, folder: Path, *, metrics: Metrics) -> None:
