@@ -12,12 +12,15 @@ KIND = "text_completion"
 
 
 class Texts:
-    """All choices of all prompts; choice `i` belongs to prompt `i // n`. `echoes`: texts put before them."""
+    """All choices of all prompts; choice `i` belongs to prompt `i // made`. Of those made of a prompt the
+    `kept` likeliest are shown. `echoes`: texts put before them. `shows`: log-probabilities too."""
 
-    def __init__(self, frame: Frame, *, per_prompt: int, echoes: Sequence[str]) -> None:
+    def __init__(self, frame: Frame, *, made: int, kept: int, echoes: Sequence[str], shows: bool) -> None:
         self._frame = frame
-        self._per_prompt = per_prompt
+        self._per_prompt = made
+        self._kept = kept
         self._echoes = echoes
+        self._shows = shows
         self._logged = [_Logprobs() for _ in range(frame.n)]
         self._prompts: dict[int, int] = {}  # prompt → its tokens
         self._made = 0
@@ -40,6 +43,10 @@ class Texts:
             self._choice(index, "".join(texts[index]), reasons[index], chances[index])
             for index in range(self._frame.n)
         ]
+        if self._kept < self._per_prompt:
+            firsts = range(0, self._frame.n, self._per_prompt)
+            best = [index for first in firsts for index in self._best(first, chances)]
+            choices = [choices[index] | {"index": place} for place, index in enumerate(best)]
         return {**self._frame.head(KIND), "choices": choices, "usage": self._usage()}
 
     async def stream(self, words: AsyncIterator[list[Word]]) -> AsyncIterator[bytes]:
@@ -57,6 +64,11 @@ class Texts:
         if self._frame.include_usage:
             yield event({**self._frame.head(KIND), "choices": [], "usage": self._usage()})
         yield DONE
+
+    def _best(self, first: int, chances: Sequence[Sequence[TokenChance] | None]) -> list[int]:
+        """Of one prompt's choices those of the highest log-probability per token, the likeliest first."""
+        made = range(first, first + self._per_prompt)
+        return sorted(made, key=lambda index: _per_token(chances[index]), reverse=True)[: self._kept]
 
     def _echo(self, index: int) -> str:
         return self._echoes[index // self._per_prompt] if self._echoes else ""
@@ -83,8 +95,15 @@ class Texts:
     def _choice(
         self, index: int, text: str, reason: str | None, chances: Sequence[TokenChance] | None
     ) -> dict[str, Any]:
-        logprobs = None if chances is None else self._logged[index].as_json(chances)
+        logprobs = self._logged[index].as_json(chances) if self._shows and chances is not None else None
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+
+def _per_token(chances: Sequence[TokenChance] | None) -> float:
+    """Natural log-probability per token; an answer without tokens comes last."""
+    if not chances:
+        return float("-inf")
+    return sum(chance.logprob for chance in chances) / len(chances)
 
 
 class _Logprobs:

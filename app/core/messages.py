@@ -35,7 +35,8 @@ class MessageError(ValueError):
 def check_messages(messages: object) -> list[dict[str, Any]]:
     """The conversation without its nulls when every message is well formed, else raise MessageError.
 
-    The official client's own messages carry a null for every field that is not there.
+    The official client's own messages carry a null for every field that is not there. What an assistant
+    refused with is its text.
     """
     if not isinstance(messages, list) or not messages:
         raise MessageError("'messages' must be a list with at least one message")
@@ -77,7 +78,22 @@ def check_tools(tools: object) -> list[dict[str, Any]] | None:
 def _without_nulls(message: object, index: int) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise MessageError("is not an object", index=index)
-    return {key: value for key, value in message.items() if value is not None or key in ("role", "content")}
+    kept = {key: value for key, value in message.items() if value is not None or key in ("role", "content")}
+    return _with_refusal_as_text(kept) if kept.get("role") == "assistant" else kept
+
+
+def _with_refusal_as_text(message: dict[str, Any]) -> dict[str, Any]:
+    content, refusal = message.get("content"), message.get("refusal")
+    if content is None and isinstance(refusal, str) and refusal:
+        return message | {"content": refusal}
+    if not isinstance(content, list):
+        return message
+    refused = [isinstance(part, dict) and part.get("type") == "refusal" for part in content]
+    parts = [
+        {"type": "text", "text": part.get("refusal")} if is_refusal else part
+        for part, is_refusal in zip(content, refused, strict=True)
+    ]
+    return message | {"content": parts}
 
 
 def _check_role(message: dict[str, Any], index: int) -> str:

@@ -134,6 +134,34 @@ def test_log_probabilities_have_the_old_shape(
     assert [offset for one in chunks if one for offset in one.text_offset or ()] == [0, 1, 2]
 
 
+def test_the_likeliest_of_more_choices_are_the_answer(client: openai.OpenAI, worker: InferenceWorker) -> None:
+    def script(request: CompletionRequest) -> list[list[Word]]:
+        words: list[Word] = []
+        for index, logprob in enumerate((-2.0, -0.5, -1.0)):
+            chance = Chance(token="x", bytes=(120,), logprob=logprob)
+            said = (TokenChance(**chance.model_dump(), top_logprobs=()),) * (index + 1)
+            words.append(Delta(index=index, text=f"{request.prompt}{index}", logprobs=said))
+            end = Finished(
+                index=index, reason=FinishReason.STOP, prompt_tokens=1, completion_tokens=index + 1
+            )
+            words.append(end)
+        return [words]
+
+    worker.script = script
+    answer = client.completions.create(**BODY | {"prompt": ["a", "b"]}, n=2, best_of=3)
+    assert [(choice.index, choice.text) for choice in answer.choices] == list(
+        enumerate(["a1", "a2", "b1", "b2"])
+    )
+    assert [choice.logprobs for choice in answer.choices] == [None] * 4
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 2 * (1 + 2 + 3)
+    assert {(r.sampling.n, r.sampling.top_logprobs) for r in worker.requests} == {(3, 0)}
+    [best] = client.completions.create(**BODY | {"prompt": "a"}, best_of=3, logprobs=1).choices
+    assert best.logprobs is not None
+    assert (best.text, best.logprobs.token_logprobs) == ("a1", [-0.5, -0.5])
+    assert worker.requests[-1].sampling.top_logprobs == 1
+
+
 def test_one_prompt_that_fails_ends_all_of_them(tenant: Tenant, worker: InferenceWorker) -> None:
     failed = Failed(status=400, code="context_length_exceeded", message="This is too long.", param="prompt")
 
@@ -148,7 +176,9 @@ def test_one_prompt_that_fails_ends_all_of_them(tenant: Tenant, worker: Inferenc
 
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "a suffix": ({"suffix": "end"}, "unsupported_parameter", "suffix"),
-    "best of many": ({"best_of": 3}, "unsupported_parameter", "best_of"),
+    "a stream of the best": ({"best_of": 3, "stream": True}, "unsupported_parameter", "best_of"),
+    "the best of fewer": ({"best_of": 2, "n": 3}, "invalid_value", "best_of"),
+    "the best of many": ({"best_of": 5}, "integer_above_max_value", "best_of"),
     "an echo with logprobs": ({"echo": True, "logprobs": 1}, "unsupported_parameter", "echo"),
     "an echo of ids": ({"echo": True, "prompt": [1]}, "unsupported_parameter", "echo"),
     "six logprobs": ({"logprobs": 6}, "integer_above_max_value", "logprobs"),

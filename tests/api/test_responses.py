@@ -263,6 +263,12 @@ def test_a_response_that_cannot_be_stored_fails_aloud(
         assert session.scalar(select(StoredResponse.id)) is None
 
 
+def test_too_long_an_input_is_named_as_the_input(tenant: Tenant, worker: InferenceWorker) -> None:
+    failed = Failed(status=400, code="context_length_exceeded", message="This is too long.", param="messages")
+    worker.script = lambda _: [[failed]]
+    assert_refused(respond(tenant), 400, code="context_length_exceeded", param="input")
+
+
 def test_cancel_and_streams_of_what_is_stored_are_refused_by_name(
     tenant: Tenant, worker: InferenceWorker
 ) -> None:

@@ -70,17 +70,16 @@ def check(body: CreateChatCompletion, settings: Settings) -> Sampling:
     limit = body.limit()
     named = "max_completion_tokens" if body.max_completion_tokens is not None else "max_tokens"
     check_amounts([("n", body.n or 1, settings.max_n), (named, limit or 1, settings.max_completion_tokens)])
-    _check_conversation(body, settings)
     top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
     return Sampling(max_tokens=limit, top_logprobs=top_logprobs, **body.sampling())
 
 
-def _check_conversation(body: CreateChatCompletion, settings: Settings) -> None:
+def _check_conversation(body: CreateChatCompletion, settings: Settings) -> list[dict[str, Any]]:
     if len(body.messages) > settings.max_messages:
         text = f"Invalid 'messages': array too long. Expected at most {settings.max_messages} items."
         raise InvalidRequest(text, code="array_above_max_length", param="messages")
     try:
-        check_messages(body.messages)
+        messages = check_messages(body.messages)
     except MessageError as error:
         path = "messages" if error.index is None else f"messages[{error.index}]"
         param = f"{path}.{error.field}" if error.field else path
@@ -91,6 +90,7 @@ def _check_conversation(body: CreateChatCompletion, settings: Settings) -> None:
     except MessageError as error:
         text = f"Invalid 'tools': {error.text}."
         raise InvalidRequest(text, code="invalid_value", param=error.field or "tools") from None
+    return messages
 
 
 def _prepare(context: Context, project_id: str, body: CreateChatCompletion) -> Prepared:
@@ -98,7 +98,7 @@ def _prepare(context: Context, project_id: str, body: CreateChatCompletion) -> P
     asked = Conversation(
         id=new_id(Prefix.COMPLETION),
         model=body.model,
-        messages=body.messages,
+        messages=_check_conversation(body, context.settings),
         sampling=sampling,
         offer=read_offer(body.tools, body.tool_choice, parallel=body.parallel_tool_calls),
         format=read_format(body.response_format),

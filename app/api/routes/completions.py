@@ -29,12 +29,12 @@ Body = Annotated[CreateCompletion, Depends(JsonBody(CreateCompletion))]
 async def create_completion(body: Body, request: Request, caller: CallerDep, context: ContextDep) -> Response:
     """Go on with one or more texts, whole or as a stream."""
     asks = await to_thread.run_sync(_prepare, context, caller.project_id, body)
-    n = body.n or 1
     id = new_id(Prefix.TEXT_COMPLETION)
-    frame = Frame(id, int(time.time()), body.model, n * len(asks), body.wants_usage)
-    texts = Texts(frame, per_prompt=n, echoes=body.prompt if body.echo else ())
+    frame = Frame(id, int(time.time()), body.model, body.made * len(asks), body.wants_usage)
+    echoes = body.prompt if body.echo else ()
+    texts = Texts(frame, made=body.made, kept=body.n or 1, echoes=echoes, shows=body.logprobs is not None)
     asked = await ask(context, request, asks)
-    words = asked.all_words(n=n)
+    words = asked.all_words(n=body.made)
     if body.stream:
         return EventStream(texts.stream(words), at_end=asked.close)
     try:
@@ -49,8 +49,12 @@ def _prepare(context: Context, project_id: str, body: CreateCompletion) -> list[
     body.refuse_unsupported()
     settings = context.settings
     limit = body.max_tokens or DEFAULT_MAX_TOKENS
-    check_amounts([("n", body.n or 1, settings.max_n), ("max_tokens", limit, settings.max_completion_tokens)])
-    sampling = Sampling(max_tokens=limit, top_logprobs=body.logprobs, **body.sampling())
+    named = "best_of" if body.best_of else "n"
+    check_amounts([(named, body.made, settings.max_n), ("max_tokens", limit, settings.max_completion_tokens)])
+    chosen = body.made > (body.n or 1)  # by their log-probabilities
+    top_logprobs = 0 if chosen and body.logprobs is None else body.logprobs
+    options = body.sampling() | {"n": body.made}
+    sampling = Sampling(max_tokens=limit, top_logprobs=top_logprobs, **options)
     with context.sessions() as session:
         model = resolve(session, context.catalogue, project_id=project_id, name=body.model)
     entry = context.catalogue.find(model.base_model)

@@ -18,6 +18,7 @@ from app.api.dependencies import CallerDep, ContextDep, SessionDep
 from app.api.keeping import keep_whole
 from app.api.leaving import EventStream, until_gone
 from app.api.preparing import Conversation, Prepared, prepare
+from app.api.replies import AnswerFailed
 from app.api.response_items import Item, read_items, to_messages
 from app.api.response_tools import read_format, read_offer, read_tools
 from app.api.response_writer import ResponseWriter, collect, stream
@@ -64,7 +65,11 @@ async def create_response(body: Body, request: Request, caller: CallerDep, conte
     begun = await to_thread.run_sync(_begin, context, caller.project_id, body)
     writer = ResponseWriter(begun.frame)
     keep = partial(_keep, context, caller.project_id, begun.items) if begun.frame["store"] else None
-    asked = await ask(context, request, [begun.prepared.ask])
+    try:
+        asked = await ask(context, request, [begun.prepared.ask])
+    except AnswerFailed as error:  # an engine knows messages only
+        error.param = "input" if error.param == "messages" else error.param
+        raise
     words = begun.prepared.words(asked)
     if body.stream:
         return EventStream(stream(writer, words, keep), at_end=asked.close)

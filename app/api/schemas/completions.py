@@ -53,17 +53,25 @@ class CreateCompletion(SamplingFields):
     )
     echo: bool | None = None
     logprobs: int | None = Field(default=None, ge=0, le=5)
+    best_of: int | None = Field(default=None, ge=0, le=20)
 
     # Refused, but at the value that asks for nothing
-    best_of: int | None = Field(default=None, ge=0, le=20)
     suffix: str | None = None
+
+    @property
+    def made(self) -> int:
+        """How many choices are made of each prompt; the `n` likeliest of them are the answer."""
+        return self.best_of or self.n or 1
 
     def refuse_unsupported(self) -> None:
         """Raise for every field whose value asks for something this version does not do."""
         if self.suffix:
             raise _unsupported("suffix", self.suffix)
-        if self.best_of is not None and self.best_of != (self.n or 1):
-            raise _unsupported("best_of", self.best_of)
+        if self.made < (self.n or 1):
+            text = f"'best_of' must be at least 'n', but {self.made} is less than {self.n}."
+            raise InvalidRequest(text, code="invalid_value", param="best_of")
+        if self.stream and self.made > (self.n or 1):
+            raise _unsupported("best_of", self.best_of, " together with 'stream'")
         if self.echo and self.logprobs is not None:
             raise _unsupported("echo", True, " together with 'logprobs'")
         if self.echo and not all(isinstance(prompt, str) for prompt in self.prompt):
