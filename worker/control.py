@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import time
 from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.core import attempts, hyperparameters
+from app.core.assessments import Answer, Question, answer
 from app.core.db import transaction
 from app.core.housekeeping import purge, sweep, tidy
 from app.core.hyperparameters import Hyperparameters
@@ -53,6 +55,19 @@ def _validate(context: Context, job_id: str) -> None:
         )
         if queued is not None and queued.status is JobStatus.QUEUED:
             context.sender.hint_on_commit(session, Task.RUN_JOB, job_id)
+
+
+def assess_job(context: Context, question: dict[str, Any]) -> None:
+    """Answer what a job would take that is not created. Whoever asks is not told of errors of ours."""
+    asked = Question.model_validate(question)
+    if time.time() > asked.expires_at:
+        return
+    try:
+        numbers, expected = assess(context, asked.job())
+        found = Answer(hyperparameters=numbers.as_json(), estimate=expected)
+    except JobInputError as bad:
+        found = Answer(error=bad.error)
+    answer(context.redis, asked, found)
 
 
 def assess(context: Context, job: Job) -> tuple[Hyperparameters, dict[str, Any]]:

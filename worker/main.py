@@ -76,7 +76,10 @@ def run(settings: Settings, queue: Queue) -> None:
 def _control(context: Context) -> Role:
     from worker import control
 
-    tasks = {Task.VALIDATE_JOB: lambda job_id: control.validate_job(context, job_id)}
+    tasks: dict[Task, Callable[..., None]] = {
+        Task.VALIDATE_JOB: lambda job_id: control.validate_job(context, job_id),
+        Task.ASSESS_JOB: lambda question: control.assess_job(context, question),
+    }
     house = Beat("housekeeping", lambda: control.keep_house(context), every_s=context.settings.sweep_s)
     tidy = Beat("tidying", lambda: control.tidy_up(context), every_s=12 * context.settings.sweep_s)
     return Role([str(Queue.CONTROL)], 3, tasks, lambda: {}, [house, tidy])

@@ -36,7 +36,7 @@ class Once:
     ) -> Response:
         """The answer of `create`, or the one it had before. `body_digest`: of a body that is no JSON."""
         if self._key is None:
-            return _response(_text(create()))
+            return json_response(create())
         asked = self._asked(self._key, body_digest or self._request.state.body_digest)
         kept = find_answer(session, asked)
         if kept is not None:
@@ -50,6 +50,11 @@ class Once:
         return Asked(
             self._project_id, key, fingerprint(self._request.method, url.path, url.query, body_digest)
         )
+
+
+def json_response(created: BaseModel) -> Response:
+    """An object as a client gets it."""
+    return _response(_text(created))
 
 
 def _text(created: BaseModel) -> str:

@@ -42,6 +42,19 @@ class NewJob:
 
 def create_job(session: Session, sender: Sender, catalogue: Catalogue, *, caller: Caller, new: NewJob) -> Job:
     """Check names and add the row. Data is checked later: a bad file fails the job, not the request."""
+    job = make_job(session, catalogue, caller=caller, new=new)
+    job.hinted_at = utc_now()
+    session.add(job)
+    session.flush()
+    events.add_message(session, job, f"Created fine-tuning job: {job.id}")
+    both = "" if job.validation_file is None else f" and validation file: {job.validation_file}"
+    events.add_message(session, job, f"Validating training file: {job.training_file}{both}")
+    sender.hint_on_commit(session, Task.VALIDATE_JOB, job.id)
+    return job
+
+
+def make_job(session: Session, catalogue: Catalogue, *, caller: Caller, new: NewJob) -> Job:
+    """Check names; the row as it would be added."""
     start = served_models.find_start(session, catalogue, project_id=caller.project_id, name=new.model)
     if start is None:
         raise InvalidRequest(
@@ -59,7 +72,7 @@ def create_job(session: Session, sender: Sender, catalogue: Catalogue, *, caller
             code="invalid_value",
             param="suffix",
         )
-    job = Job(
+    return Job(
         id=new_id(Prefix.JOB),
         project_id=caller.project_id,
         organization_id=caller.organization_id,
@@ -75,15 +88,9 @@ def create_job(session: Session, sender: Sender, catalogue: Catalogue, *, caller
         seed=secrets.randbelow(2**31) if new.seed is None else new.seed,
         user_metadata=new.metadata,
         priority=new.luthier.get("priority", 0),
-        hinted_at=utc_now(),
+        created_at=utc_now(),
+        attempt=0,
     )
-    session.add(job)
-    session.flush()
-    events.add_message(session, job, f"Created fine-tuning job: {job.id}")
-    both = "" if job.validation_file is None else f" and validation file: {job.validation_file}"
-    events.add_message(session, job, f"Validating training file: {job.training_file}{both}")
-    sender.hint_on_commit(session, Task.VALIDATE_JOB, job.id)
-    return job
 
 
 _HYPERPARAMETERS = ("n_epochs", "batch_size", "learning_rate_multiplier")

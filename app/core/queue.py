@@ -53,6 +53,7 @@ class Task(StrEnum):
     """What a message asks for."""
 
     VALIDATE_JOB = "luthier.validate_job"
+    ASSESS_JOB = "luthier.assess_job"
     RUN_JOB = "luthier.run_job"
     COMPLETE = "luthier.complete"
     CANARY = "luthier.canary"  # a worker to itself: it still hears

@@ -7,8 +7,9 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Query, Response
 
 from app.api.body import JsonBody, json_request
+from app.api.dry_runs import dry_run
 from app.api.job_desk import JobDeskDep
-from app.api.once import OnceDep
+from app.api.once import OnceDep, json_response
 from app.api.schemas.fields import Id
 from app.api.schemas.job_objects import (
     CheckpointObject,
@@ -27,7 +28,12 @@ CreateJobBody = Annotated[CreateJob, Depends(JsonBody(CreateJob))]
 
 @router.post("", response_model=JobObject, openapi_extra=json_request(CreateJob))
 def create_job(body: CreateJobBody, desk: JobDeskDep, once: OnceDep) -> Response:
-    """Create a fine-tuning job. Its files are checked afterwards; bad data fails the job."""
+    """Create a fine-tuning job. Its files are checked afterwards; bad data fails the job.
+
+    With `luthier.dry_run` nothing is created: the answer is the job as it would be once they are checked.
+    """
+    if body.is_dry_run:
+        return json_response(dry_run(desk, body.new_job()))
     context = desk.context
 
     def create() -> JobObject:

@@ -55,6 +55,11 @@ class LuthierOptions(Body):
     max_length: int | None = Field(default=None, ge=16, le=2**20)
     checkpoint_interval: int | None = Field(default=None, ge=1, le=2**31 - 1)
     priority: int | None = Field(default=None, ge=-100, le=100)
+    dry_run: bool | None = None  # of the request, not of the job
+
+    def options(self) -> dict[str, Any]:
+        """What of it belongs to the job."""
+        return self.model_dump(exclude_none=True, exclude={"dry_run"})
 
 
 class CreateJob(Body):
@@ -71,6 +76,11 @@ class CreateJob(Body):
     metadata: Metadata | None = None
     luthier: LuthierOptions | None = None
 
+    @property
+    def is_dry_run(self) -> bool:
+        """Whether nothing is to be created."""
+        return self.luthier is not None and bool(self.luthier.dry_run)
+
     def new_job(self) -> NewJob:
         """The job as core creates it."""
         self._refuse_other_methods()
@@ -81,7 +91,9 @@ class CreateJob(Body):
             validation_file=self.validation_file,
             method="supervised",
             hyperparameters=self._hyperparameters(),
-            luthier={} if self.luthier is None else self.luthier.model_dump(exclude_none=True),
+            luthier={}
+            if self.luthier is None
+            else self.luthier.model_dump(exclude_none=True, exclude={"dry_run"}),
             suffix=self.suffix,
             seed=self.seed,
             metadata=self.metadata,
