@@ -89,10 +89,16 @@ def keep_house(context: Context) -> None:
     """One round of housekeeping, unless another control worker is at it."""
     with transaction(context.sessions) as session:
         swept = sweep(session, context.storage, context.sender, context.settings)
+    if swept is not None and (swept.requeued or swept.expired):
+        log.info("housekeeping: %s", swept)
+
+
+def remove_deleted(context: Context) -> None:
+    """The part of housekeeping that waits for the disk."""
     with transaction(context.sessions) as session:
-        purged = purge(session, context.storage, context.settings)
-    if purged or (swept is not None and (swept.requeued or swept.expired)):
-        log.info("housekeeping: %s, %d things removed", swept, purged)
+        count = purge(session, context.storage, context.settings)
+    if count:
+        log.info("housekeeping: %d things removed", count)
 
 
 def tidy_up(context: Context) -> None:

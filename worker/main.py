@@ -81,8 +81,10 @@ def _control(context: Context) -> Role:
         Task.ASSESS_JOB: lambda question: control.assess_job(context, question),
     }
     house = Beat("housekeeping", lambda: control.keep_house(context), every_s=context.settings.sweep_s)
+    # Threads of their own, so that a disk that is slow or hangs keeps no dead job from its queue.
+    waste = Beat("removing", lambda: control.remove_deleted(context), every_s=context.settings.sweep_s)
     tidy = Beat("tidying", lambda: control.tidy_up(context), every_s=12 * context.settings.sweep_s)
-    return Role([str(Queue.CONTROL)], 3, tasks, lambda: {}, [house, tidy])
+    return Role([str(Queue.CONTROL)], 3, tasks, lambda: {}, [house, waste, tidy])
 
 
 def _training(context: Context) -> Role:

@@ -1,6 +1,7 @@
 """What keeps the promise that nothing stalls: lost hints, dead attempts, things past their time.
 
-One process at a time does this, by an advisory lock. Each round is one short transaction.
+One process at a time sweeps, and one removes, each by an advisory lock of its own: what waits for a disk must
+not keep dead jobs from their queue. Each round is one transaction.
 """
 
 from __future__ import annotations
@@ -10,12 +11,11 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 
-from sqlalchemy import func, or_, select, text
+from sqlalchemy import func, literal, or_, select, text, update
 from sqlalchemy.orm import Session
 
 from app.core import attempts, files, idempotency, orphans, retention, served_models, training_states
 from app.core.attempts import Attempt, Death
-from app.core.db import utc_now
 from app.core.failures import FailureCode
 from app.core.outbox import after_commit
 from app.core.queue import Sender, Task
@@ -25,7 +25,7 @@ from app.core.storage import Storage
 from app.core.tables import Job
 
 log = logging.getLogger(__name__)
-LOCK = 0x6C757469  # advisory lock of this module
+SWEEPING, REMOVING = 0x6C757469, 0x6C75746A  # advisory locks of this module
 HINT_AGE_S = 10  # a waiting job whose last hint is older gets another
 MAX_BACKLOG = 100  # hints waiting in one queue; more would only fill the broker while all workers are busy
 STALE_S = 86_400  # an unfinished upload untouched for so long has lost its writer
@@ -44,7 +44,7 @@ class Swept:
 def sweep(session: Session, storage: Storage, sender: Sender, settings: Settings) -> Swept | None:
     """Do one round, or return None when another process is at it."""
     room = {status: _room(sender, task) for status, task in _TASKS.items()}  # before anything is locked
-    if not _alone(session):
+    if not _alone(session, SWEEPING):
         return None
     requeued = _requeue_dead(session, storage, settings)
     expired = files.expire_files(session)
@@ -53,11 +53,8 @@ def sweep(session: Session, storage: Storage, sender: Sender, settings: Settings
 
 
 def purge(session: Session, storage: Storage, settings: Settings) -> int:
-    """Remove bytes that no row needs any more; returns how many things went.
-
-    A transaction of its own: a slow or broken disk must not keep dead jobs from their queue.
-    """
-    if not _alone(session):
+    """Remove bytes that no row needs any more; returns how many things went."""
+    if not _alone(session, REMOVING):
         return 0
     gone = files.purge_deleted(session, storage) + served_models.purge_deleted(session, storage)
     gone += idempotency.forget_old(session, settings)
@@ -70,7 +67,7 @@ def tidy(session: Session, storage: Storage, settings: Settings) -> int:
 
     Looks through whole folders and tables, so it is done more rarely than the rest.
     """
-    if not _alone(session):
+    if not _alone(session, REMOVING):
         return 0
     return (
         retention.drop_old(session, settings)
@@ -79,16 +76,16 @@ def tidy(session: Session, storage: Storage, settings: Settings) -> int:
     )
 
 
-def _alone(session: Session) -> bool:
+def _alone(session: Session, lock: int) -> bool:
     """Whether no other process is at it, until this transaction ends."""
-    return bool(session.scalar(text("SELECT pg_try_advisory_xact_lock(:key)"), {"key": LOCK}))
+    return bool(session.scalar(text("SELECT pg_try_advisory_xact_lock(:key)"), {"key": lock}))
 
 
 def _requeue_dead(session: Session, storage: Storage, settings: Settings) -> int:
     dead = attempts.find_dead(session)
     for attempt, worker in dead:
         after_commit(session, partial(storage.delete, attempt.folder_key))
-        if _outlived_the_database(session, attempt):
+        if _lost_the_database(session, attempt, lease_s=settings.lease_s):
             attempts.hand_back(session, attempt, reason="The database was restarted")
             continue
         reason = f"The worker {worker} that ran attempt {attempt.number} is gone."
@@ -99,9 +96,10 @@ def _requeue_dead(session: Session, storage: Storage, settings: Settings) -> int
     return len(dead)
 
 
-def _outlived_the_database(session: Session, attempt: Attempt) -> bool:
-    """Whether the attempt began before the server did: its worker may live and could not renew."""
-    earlier = Job.claimed_at < func.pg_postmaster_start_time()
+def _lost_the_database(session: Session, attempt: Attempt, *, lease_s: float) -> bool:
+    """Whether the attempt has not renewed since the server began: its worker may live, and could not."""
+    begun = func.pg_postmaster_start_time()
+    earlier = Job.lease_expires_at < begun + literal(timedelta(seconds=lease_s))
     return bool(session.scalar(select(earlier).where(Job.id == attempt.job_id)))
 
 
@@ -118,10 +116,10 @@ def _hint_waiting(session: Session, sender: Sender, status: JobStatus, *, limit:
     now = func.clock_timestamp()
     stale = or_(Job.hinted_at.is_(None), Job.hinted_at < now - timedelta(seconds=HINT_AGE_S))
     rested = or_(Job.not_before.is_(None), Job.not_before <= now)
-    query = select(Job).where(Job.status == status, stale, rested)
+    query = select(Job.id).where(Job.status == status, stale, rested)
     query = query.order_by(Job.priority.desc(), Job.created_at).limit(limit)
-    rows = session.scalars(query.with_for_update(skip_locked=True)).all()
-    for job in rows:
-        job.hinted_at = utc_now()
-        sender.hint_on_commit(session, _TASKS[status], job.id)
-    return len(rows)
+    ids = session.scalars(query.with_for_update(skip_locked=True)).all()
+    session.execute(update(Job).where(Job.id.in_(ids)).values(hinted_at=now))
+    for job_id in ids:
+        sender.hint_on_commit(session, _TASKS[status], job_id)
+    return len(ids)

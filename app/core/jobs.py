@@ -7,7 +7,7 @@ import secrets
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import select, update
+from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
 from app.core import attempts, events, files, served_models
@@ -43,7 +43,7 @@ class NewJob:
 def create_job(session: Session, sender: Sender, catalogue: Catalogue, *, caller: Caller, new: NewJob) -> Job:
     """Check names and add the row. Data is checked later: a bad file fails the job, not the request."""
     job = make_job(session, catalogue, caller=caller, new=new)
-    job.hinted_at = utc_now()
+    job.hinted_at = func.clock_timestamp()
     session.add(job)
     session.flush()
     events.add_message(session, job, f"Created fine-tuning job: {job.id}")
@@ -149,7 +149,7 @@ def resume_job(session: Session, sender: Sender, *, project_id: str, job_id: str
         raise _wrong_state(job, "be resumed")
     if job.status is JobStatus.PAUSED:
         job.status = JobStatus.QUEUED
-        job.hinted_at = utc_now()
+        job.hinted_at = func.clock_timestamp()
         events.add_message(session, job, "The job is resumed and queued")
         sender.hint_on_commit(session, Task.RUN_JOB, job.id)
     elif job.pause_requested_at is not None:

@@ -73,7 +73,7 @@ def expected_seconds(session: Session, *, base_model: str, adapter: str, work: f
 
 def _plain_outlook(job: Job) -> Outlook:
     if job.status is JobStatus.VALIDATING_FILES:
-        return Outlook("Its files are being checked.")
+        return Outlook("Its files have to be checked first.")
     if job.status is JobStatus.QUEUED:  # replaced below, unless it is beyond the end of what is looked at
         return Outlook(f"More than {LONGEST_QUEUE} jobs are ahead of it.")
     return Outlook(estimated_finish=job.estimated_finish)

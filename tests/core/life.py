@@ -10,7 +10,6 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -206,7 +205,7 @@ class World:
         """Let a lease run out; where none is held any more, nothing."""
         with transaction(self.sessions) as session:
             held = update(Job).where(Job.id == job_id, Job.status == _S.RUNNING)
-            session.execute(held.values(lease_expires_at=utc_now() - timedelta(seconds=1)))
+            session.execute(held.values(lease_expires_at=func.clock_timestamp()))
 
     def rest_no_more(self) -> None:
         """Let the pauses between tries pass."""
@@ -280,7 +279,9 @@ def make_world(sessions: sessionmaker[Session], *, redis_url: str, engine: Engin
 
 def _context(sessions: sessionmaker[Session], redis_url: str, root: Path) -> Context:
     asked = {"max_attempts": MAX_ATTEMPTS, "retry_pause_s": 3600, "redis_url": redis_url, "data_dir": root}
-    context = make_context(Settings(database_url="postgresql+psycopg://", **asked))
+    settings = Settings(database_url="postgresql+psycopg://", **asked)
+    # So short that attempts have renewed after the tests' server began.
+    context = make_context(settings.model_copy(update={"lease_s": 0.1}))
     entries = {name: _ENTRY.model_copy(update={"name": name}) for name in BASES}
     return dataclasses.replace(context, sessions=sessions, catalogue=Catalogue(entries))
 

@@ -310,13 +310,13 @@ def told_of(installation: Installation, process: psutil.Process) -> list[Any]:
 
 
 def test_a_trainer_under_its_worker_is_as_it_should_be(installation: Installation) -> None:
-    for worker in (f"{socket.gethostname()}-{os.getpid()}", "elsewhere-1"):
+    for worker in (f"{socket.gethostname()}-{os.getpid()}-a1B2c3", "elsewhere-1-a1B2c3"):
         with trainer(worker=worker, orphan=False) as process:
             assert told_of(installation, process) == []
 
 
 def test_a_trainer_without_its_worker_is_named_and_ended(installation: Installation) -> None:
-    gone = f"{socket.gethostname()}-{2**22 + 1}"
+    gone = f"{socket.gethostname()}-{2**22 + 1}-a1B2c3"
     with trainer(worker=gone, orphan=True) as process:
         [finding] = told_of(installation, process)
         assert (finding.invariant, finding.severity) == ("I10", Severity.ERROR)
@@ -327,11 +327,11 @@ def test_a_trainer_without_its_worker_is_named_and_ended(installation: Installat
 
 
 def test_a_trainer_under_another_process_than_its_worker_is_named(installation: Installation) -> None:
-    with trainer(worker=f"{socket.gethostname()}-{2**22 + 1}", orphan=False) as process:
+    with trainer(worker=f"{socket.gethostname()}-{2**22 + 1}-a1B2c3", orphan=False) as process:
         assert len(told_of(installation, process)) == 1
 
 
 def test_a_process_id_that_came_again_is_not_killed(installation: Installation) -> None:
-    with trainer(worker=f"{socket.gethostname()}-{os.getpid()}", orphan=False) as process:
+    with trainer(worker=f"{socket.gethostname()}-{os.getpid()}-a1B2c3", orphan=False) as process:
         assert not processes._end(installation.house.session, pid=process.pid, begun=0.0)
         assert process.is_running()

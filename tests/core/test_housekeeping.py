@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import pytest
@@ -22,7 +23,8 @@ from app.core.status import JobStatus
 from app.core.tables import File, Job
 from tests.core.rows import House, make_sender
 
-SETTINGS = Settings(max_attempts=3, retry_pause_s=0)
+LEASE_S = 0.1  # so short that attempts have renewed after the tests' server began
+SETTINGS = Settings(max_attempts=3, retry_pause_s=0).model_copy(update={"lease_s": LEASE_S})
 AGO = timedelta(seconds=60)
 
 
@@ -93,7 +95,7 @@ def test_a_broker_that_is_away_keeps_nothing_else_from_being_done(house: House) 
     away = dataclasses.replace(house, sender=make_sender("redis://127.0.0.1:1/0"))
     queue_up(house)
     claim(house)
-    age(house, lease_expires_at=utc_now() - AGO)
+    age(house, lease_expires_at=func.clock_timestamp())
     assert clean(away) == Swept(requeued=1)
     age(house, hinted_at=None)
     assert clean(house) == Swept(hinted=1)
@@ -109,7 +111,7 @@ def test_a_dead_attempt_is_queued_again_its_folder_removed_and_a_worker_told(
     (folder / "half").write_bytes(b"x")
     client.flushall()
     assert clean(house) == Swept()
-    age(house, lease_expires_at=utc_now() - AGO)
+    age(house, lease_expires_at=func.clock_timestamp())
     assert clean(house) == Swept(hinted=1, requeued=1)
     house.session.refresh(job)
     assert (job.status, job.deaths, job.worker) == (JobStatus.QUEUED, 1, None)
@@ -122,7 +124,7 @@ def test_a_job_that_kills_its_workers_fails_in_the_end(house: House) -> None:
     queue_up(house)
     for _ in range(3):
         job = claim(house)
-        age(house, lease_expires_at=utc_now() - AGO)
+        age(house, lease_expires_at=func.clock_timestamp())
         clean(house)
     house.session.refresh(job)
     assert job.status is JobStatus.FAILED
@@ -135,10 +137,23 @@ def test_a_restart_of_the_database_costs_an_attempt_but_no_try(house: House) -> 
     queue_up(house)
     for _ in range(SETTINGS.max_attempts + 1):
         job = claim(house)
-        age(house, lease_expires_at=utc_now() - AGO, claimed_at=func.pg_postmaster_start_time() - AGO)
-        assert clean(house).requeued == 1
+        age(house, lease_expires_at=func.pg_postmaster_start_time())
+        assert clean(house) == Swept(hinted=1, requeued=1)
         house.session.refresh(job)
         assert (job.status, job.deaths) == (JobStatus.QUEUED, 0)
+
+
+def test_an_attempt_that_renewed_after_a_restart_of_the_database_died_by_itself(house: House) -> None:
+    queue_up(house)
+    job = claim(house)
+    age(
+        house,
+        claimed_at=func.pg_postmaster_start_time() - AGO,
+        lease_expires_at=func.pg_postmaster_start_time() + timedelta(seconds=2 * LEASE_S),
+    )
+    assert clean(house).requeued == 1
+    house.session.refresh(job)
+    assert (job.status, job.deaths) == (JobStatus.QUEUED, 1)
 
 
 def test_a_dead_attempt_of_a_job_that_shall_pause_pauses_it(house: House, client: redis.Redis) -> None:
@@ -146,7 +161,7 @@ def test_a_dead_attempt_of_a_job_that_shall_pause_pauses_it(house: House, client
     job = claim(house)
     jobs.pause_job(house.session, project_id=job.project_id, job_id=job.id)
     client.flushall()
-    age(house, lease_expires_at=utc_now() - AGO)
+    age(house, lease_expires_at=func.clock_timestamp())
     assert clean(house) == Swept(requeued=1)
     house.session.refresh(job)
     assert (job.status, job.pause_requested_at) == (JobStatus.PAUSED, None)
@@ -193,3 +208,31 @@ def test_one_process_at_a_time_keeps_house(house: House, sessions: sessionmaker[
         assert clean(house) is None
         other.rollback()
     assert clean(house) == Swept()
+
+
+def test_who_waits_for_the_disk_keeps_nobody_from_queueing_dead_jobs(
+    house: House, sessions: sessionmaker[Session]
+) -> None:
+    queue_up(house)
+    claim(house)
+    age(house, lease_expires_at=func.clock_timestamp())
+    with sessions() as other:
+        purge(other, house.storage, SETTINGS)
+        assert remove(house) == 0  # the other one is at it
+        assert clean(house) == Swept(hinted=1, requeued=1)
+
+
+def test_the_clock_of_the_machine_that_sent_a_hint_does_not_matter(
+    house: House, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (housekeeping, jobs):
+        monkeypatch.setattr(module, "utc_now", lambda: utc_now() + timedelta(hours=2), raising=False)
+    created, resumed, swept = house.job(), queue_up(house), queue_up(house)
+    for act in (jobs.pause_job, partial(jobs.resume_job, sender=house.sender)):
+        act(house.session, project_id=resumed.project_id, job_id=resumed.id)
+    house.session.execute(update(Job).where(Job.id == swept.id).values(hinted_at=None))
+    house.session.commit()
+    clean(house)
+    house.session.expire_all()
+    sent = [job.hinted_at for job in (created, resumed, swept)]
+    assert all(at is not None and at < utc_now() + AGO for at in sent), sent

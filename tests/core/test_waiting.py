@@ -113,5 +113,5 @@ def test_a_busy_worker_is_waited_for(house: House) -> None:
 def test_jobs_that_do_not_wait_have_no_place(house: House) -> None:
     job = house.job()
     [seen] = look(house, job)
-    assert seen == Outlook(queued_reason="Its files are being checked.")
+    assert seen == Outlook(queued_reason="Its files have to be checked first.")
     assert outlooks(house.session, [house.ended_job()], workers=None) == {}

@@ -18,8 +18,8 @@ from worker.trainer import Trainer
 
 def told(desk: Desk) -> list[tuple[str, str, str]]:
     """All that `fsck --strict` says once housekeeping has had its turn."""
-    for tidy in (control.keep_house, control.tidy_up, control.keep_house):
-        tidy(desk.context)
+    for part in (control.keep_house, control.remove_deleted, control.tidy_up, control.remove_deleted):
+        part(desk.context)
     site = Site(desk.context.sessions, desk.context.storage, desk.context.settings)
     found = survey.survey(site, settle_s=0, checks=OWN_CHECKS)
     return [(finding.invariant, finding.subject, finding.problem) for finding in found]

@@ -13,7 +13,7 @@ from app.core.failures import FailureCode
 from app.core.fsck.finding import BUG, HOUSEKEEPING, Finding, Severity, Site
 from app.core.housekeeping import HINT_AGE_S, MAX_BACKLOG
 from app.core.status import FINAL, JobStatus
-from app.core.tables import Job
+from app.core.tables import Job, JobEvent
 
 _S = JobStatus
 _HELD = (_S.RUNNING,)
@@ -50,12 +50,14 @@ def check_outcomes(site: Site) -> Iterator[Finding]:
 def check_waiting(site: Site) -> Iterator[Finding]:
     """I4: who runs has a living lease, who waits has a fresh hint, or rests for a stated while."""
     now = func.clock_timestamp()
+    # One that was just handed back, or has rested until now, is told with the next round of housekeeping.
+    newest = select(func.max(JobEvent.created_at)).where(JobEvent.job_id == Job.id).scalar_subquery()
+    told = func.greatest(func.coalesce(Job.hinted_at, newest, Job.created_at), Job.not_before)
     columns = (
         Job.id,
         Job.status,
         func.extract("epoch", now - Job.lease_expires_at).label("overdue_s"),
-        func.extract("epoch", now - func.coalesce(Job.hinted_at, Job.created_at)).label("unheard_s"),
-        func.extract("epoch", Job.not_before - now).label("rests_s"),
+        func.extract("epoch", now - told).label("unheard_s"),
     )
     with site.snapshot() as session:
         jobs = session.execute(select(*columns).where(Job.status.not_in(FINAL))).all()
@@ -70,7 +72,7 @@ def check_waiting(site: Site) -> Iterator[Finding]:
             severity = Severity.ERROR if job.overdue_s > late_s else Severity.WARNING
             yield Finding("I4", job.id, problem, HOUSEKEEPING, severity)
         crowded = at_work[job.status] > MAX_BACKLOG  # then some wait without a hint of their own
-        if job.status in _WAITING and job.unheard_s > late_s and not crowded and (job.rests_s or 0) <= 0:
+        if job.status in _WAITING and job.unheard_s > late_s and not crowded:
             problem = f"{job.status} without a message to the workers for {job.unheard_s:.0f} s"
             yield Finding("I4", job.id, problem, "see that Valkey is reachable and a control worker runs")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import time
@@ -17,6 +18,7 @@ from app.core.fsck.finding import Finding, Site
 
 _GONE_S = 2.0  # how long a killed group may take to leave the process table
 _TRAINER = ("-m", "worker.training", "--worker")
+_WORKER = re.compile(r"(?P<host>.+)-(?P<pid>[0-9]+)-[A-Za-z0-9]+")  # as worker/context.py names it
 
 
 def check_trainers(_site: Site) -> Iterator[Finding]:
@@ -41,11 +43,11 @@ def _worker_of(process: psutil.Process) -> str | None:
 
 
 def _has_worker(process: psutil.Process, worker: str) -> bool:
-    """A worker is named after its host and process id. One of another host or container cannot be seen."""
+    """One of another host or container cannot be seen; then any process above the trainer will do."""
     above = {parent.pid for parent in process.parents() if parent.status() != psutil.STATUS_ZOMBIE}
-    host, _, pid = worker.rpartition("-")
-    if host == socket.gethostname() and pid.isdecimal():
-        return int(pid) in above
+    named = _WORKER.fullmatch(worker)
+    if named is not None and named["host"] == socket.gethostname():
+        return int(named["pid"]) in above
     return bool(above - {1})
 
 
