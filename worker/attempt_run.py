@@ -90,6 +90,9 @@ class AttemptRun:
             self._died(Death(error.message, FailureCode.STORAGE_FULL))
         except ServiceError as error:
             self._died(Death(error.message, FailureCode.SERVER_ERROR))
+        except OSError:
+            log.exception("the attempt ended by an error of the machine")
+            self._died(Death("The worker could not reach its storage.", FailureCode.SERVER_ERROR))
         except Exception:  # a bug of ours; the trainer must not go on with a job nobody listens to
             log.exception("the attempt ended by an error of the worker")
             reason = "The worker could not record what the trainer reported."
@@ -218,8 +221,10 @@ class AttemptRun:
         self._trainer.kill()
         self._hand_back(reason="The worker lost touch with the database")
 
-    def _hand_back(self, *, reason: str = "The worker was stopped") -> None:
-        self._end(lambda session: attempts.hand_back(session, self._attempt, reason=reason))
+    def _hand_back(self, *, reason: str | None = None) -> None:
+        """`reason`: what a job that is queued again is told; None: its trainer was asked to stop, and has."""
+        asked = attempts.STOPPED if self._stopping.is_set() else "A pause was withdrawn too late to go on"
+        self._end(lambda session: attempts.hand_back(session, self._attempt, reason=reason or asked))
 
     def _died(self, death: Death) -> None:
         """The trainer is gone before anybody else may take the job."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 from sqlalchemy import select
@@ -20,10 +21,14 @@ class JobInputError(Exception):
 
 
 def find_input(context: Context, session: Session, *, file_id: str, param: str) -> Path:
-    """Where the bytes of a job's file lie; raises JobInputError when they are gone."""
+    """Where the bytes of a job's file lie; raises JobInputError, or OSError while the disk is away."""
     row = session.scalar(select(File).where(File.id == file_id, File.deleted_at.is_(None)))
-    if row is None or not context.storage.path(row.storage_key).exists():
-        name = param.replace("_", " ")
-        text = f"The {name} {file_id} no longer exists. Upload it again and create a new job"
-        raise JobInputError(code="file_not_found", message=text, param=param)
-    return context.storage.path(row.storage_key)
+    if row is not None:
+        path = context.storage.path(row.storage_key)
+        if path.exists():
+            return path
+        if not context.storage.is_there():
+            raise OSError(errno.ENODEV, "the storage is not there")
+    name = param.replace("_", " ")
+    text = f"The {name} {file_id} no longer exists. Upload it again and create a new job"
+    raise JobInputError(code="file_not_found", message=text, param=param)

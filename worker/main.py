@@ -102,7 +102,7 @@ def _training(context: Context) -> Role:
     def about() -> dict[str, Any] | None:
         entries = context.catalogue.entries.values()
         here = [entry.name for entry in entries if find_model_dir(entry, context.settings.models_dir)]
-        device = trainer.device
+        device = runner.device
         if device is None:
             return None
         return {"base_models": here, "busy": runner.is_busy} | device.model_dump(exclude={"word"})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import shutil
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -48,7 +47,7 @@ def record_step(session: Session, attempt: Attempt, word: StepDone) -> None:
     """Metrics of a step, and when the job will end at this pace."""
     metrics = word.metrics
     left_s = word.elapsed_s / metrics.step * (word.total_steps - metrics.step)
-    job = attempts.write(session, attempt, {"estimated_finish": utc_now() + timedelta(seconds=left_s)})
+    job = attempts.write(session, attempt, {"estimated_finish": attempts.in_seconds(left_s)})
     pace = {
         "epoch": word.epoch,
         "learning_rate": word.learning_rate,
@@ -163,16 +162,19 @@ def _add_results(context: Context, session: Session, job: Job) -> str:
 
 
 def _drop_old_checkpoints(session: Session, job_id: str, *, keep: int) -> None:
-    in_need = select(Job.model).where(Job.status.not_in(FINAL))  # another job goes on from it
     past = (
-        select(TunedModel)
+        select(TunedModel.id)
         .join(Checkpoint, Checkpoint.model_id == TunedModel.id)
-        .where(Checkpoint.job_id == job_id, TunedModel.deleted_at.is_(None), TunedModel.id.not_in(in_need))
+        .where(Checkpoint.job_id == job_id, TunedModel.deleted_at.is_(None))
         .order_by(Checkpoint.step_number.desc())
         .offset(keep)
     )
-    for model in session.scalars(past).all():
-        model.deleted_at = utc_now()
+    # Another job may go on from one; while it is being created it holds a lock, and the next look will do.
+    locked = select(TunedModel).where(TunedModel.id.in_(past)).with_for_update(skip_locked=True)
+    for model in session.scalars(locked).all():
+        needs = select(Job.id).where(Job.model == model.id, Job.status.not_in(FINAL))
+        if session.scalar(needs.limit(1)) is None:
+            model.deleted_at = utc_now()
     session.flush()
 
 

@@ -16,6 +16,7 @@ from worker.attempt_run import AttemptRun
 from worker.context import Context
 from worker.lease import Lease
 from worker.trainer import Trainer, TrainerDiedError
+from worker.training.words import Ready
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,11 @@ class Runner:
     def is_busy(self) -> bool:
         """Whether a job runs now."""
         return self._looking.locked()
+
+    @property
+    def device(self) -> Ready | None:
+        """The device on which a job could begin; None where none could."""
+        return self._trainer.device if self._context.storage.is_there() else None
 
     def keep_warm(self) -> None:
         """Start the trainer when there is none, so that the next job finds it ready.
@@ -61,8 +67,15 @@ class Runner:
 
     def _run_all(self) -> None:
         with self._device:
-            while not self.stopping.is_set() and self._device_is_free() and self._run_best():
+            while not self.stopping.is_set() and self._may_begin() and self._run_best():
                 pass
+
+    def _may_begin(self) -> bool:
+        """Whether a job taken now would not die of this machine at once."""
+        if not self._context.storage.is_there():
+            log.error("the storage is not there; no job is taken")
+            return False
+        return self._device_is_free()
 
     def _device_is_free(self) -> bool:
         """Whether nothing of an earlier attempt is left; what cannot be killed may hold the device."""

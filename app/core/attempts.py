@@ -25,6 +25,7 @@ from app.core.tables import Job
 from app.core.vocabulary import EventLevel
 
 _FOLDER = re.compile(r"(?P<job>ftjob-[A-Za-z0-9]+)-(?P<attempt>[0-9]+)(-[0-9]+)?")
+STOPPED = "The worker was stopped"
 
 
 class AttemptLost(Exception):
@@ -128,7 +129,7 @@ def fail(session: Session, attempt: Attempt, *, error: dict[str, str | None]) ->
     return job
 
 
-def hand_back(session: Session, attempt: Attempt, *, reason: str = "The worker was stopped") -> JobStatus:
+def hand_back(session: Session, attempt: Attempt, *, reason: str = STOPPED) -> JobStatus:
     """Return a job whose attempt ends early by no fault: paused where the user asked for that, else queued.
 
     It waits in its old place and has lost no try.

@@ -20,6 +20,7 @@ from app.core.errors import StorageFull
 from app.core.ids import random_name
 
 log = logging.getLogger(__name__)
+_PLACES = ("tmp", "files", "weights", "attempts")
 _KEY = re.compile(r"[a-z]+/[A-Za-z0-9_-]+")
 
 
@@ -64,8 +65,12 @@ class Storage:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        for name in ("tmp", "files", "weights", "attempts"):
+        for name in _PLACES:
             (root / name).mkdir(parents=True, exist_ok=True)
+
+    def is_there(self) -> bool:
+        """Whether its folders are; while their disk is away nothing can be said of what they hold."""
+        return all((self.root / name).is_dir() for name in _PLACES)
 
     def begin(self) -> PendingFile:
         """A new file, invisible until it is published."""
@@ -80,7 +85,8 @@ class Storage:
         """Move a whole folder, already synced by its writer, to its key."""
         target = self.path(key)
         if not target.exists():
-            rename_durably(folder, target)
+            with _disk_full_as_error():
+                rename_durably(folder, target)
 
     def path(self, key: str) -> Path:
         """Where the bytes of a key lie."""

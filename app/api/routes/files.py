@@ -101,7 +101,7 @@ def retrieve_file_content(
     try:
         file = context.storage.open(row.storage_key)
     except FileNotFoundError:  # deleted since the row was read, unless the disk itself is not there
-        if not context.storage.path(row.storage_key).parent.exists():
+        if not context.storage.is_there():
             raise
         raise NotFound(f"No such File object: {row.id}", param="id") from None
     headers = {
