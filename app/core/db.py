@@ -12,7 +12,7 @@ from enum import StrEnum
 from typing import Any
 
 import psycopg
-from psycopg.errors import IdleInTransactionSessionTimeout, ReadOnlySqlTransaction
+from psycopg.errors import ReadOnlySqlTransaction
 from psycopg.types.string import StrDumperUnknown
 from sqlalchemy import DateTime, Dialect, Engine, MetaData, String, create_engine, event
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
@@ -154,16 +154,13 @@ def transaction(sessions: sessionmaker[Session]) -> Iterator[Session]:
         yield session
 
 
-# Not among the driver's OperationalErrors: a server that takes no writes, as a standby does, or that ended
-# a transaction which it saw idle, as when this process was frozen.
-_PASSES = (ReadOnlySqlTransaction, IdleInTransactionSessionTimeout)
-
-
 def is_away(error: Exception) -> bool:
     """Whether the database could not be reached or asks to come back, rather than refused a statement."""
     if isinstance(error, PoolTimeout | OperationalError | InterfaceError):
         return True
-    return isinstance(error, DBAPIError) and (error.connection_invalidated or isinstance(error.orig, _PASSES))
+    return isinstance(error, DBAPIError) and (
+        error.connection_invalidated or isinstance(error.orig, ReadOnlySqlTransaction)
+    )
 
 
 def utc_now() -> datetime:

@@ -123,29 +123,6 @@ def test_a_lease_that_ran_out_unnoticed_is_named(installation: Installation) -> 
     assert re.fullmatch(r"its lease ran out 6\d\d s ago and nobody has queued it again", problem)
 
 
-def test_a_job_that_waits_without_a_word_to_the_workers_is_named(installation: Installation) -> None:
-    queued, read = installation.queued(), installation.house.job()
-    installation.set(Job, hinted_at=utc_now() - AGO)
-    assert {(f.subject, f.problem.partition(" without")[0]) for f in installation.findings()} == {
-        (queued.id, "queued"),
-        (read.id, "validating_files"),
-    }
-    installation.set(Job, not_before=utc_now() + AGO)
-    assert installation.told() == []
-
-
-def test_a_job_that_was_handed_back_this_moment_is_not_yet_owed_a_word(installation: Installation) -> None:
-    job = installation.running()
-    installation.set(Job, created_at=utc_now() - AGO)
-    attempts.hand_back(installation.house.session, Attempt(job.id, job.attempt))
-    installation.house.session.commit()
-    assert installation.told() == []
-    installation.set(JobEvent, created_at=utc_now() - AGO)
-    assert [invariant for invariant, _ in installation.told()] == ["I4"]
-    installation.set(Job, not_before=utc_now() - timedelta(seconds=1))  # it has rested until now
-    assert installation.told() == []
-
-
 @pytest.mark.parametrize(
     ("error", "problem"),
     [
