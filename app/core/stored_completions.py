@@ -5,16 +5,20 @@ Knows neither HTTP nor what a completion holds beyond its id, model and messages
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from sqlalchemy import Select, select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, load_only
 
 from app.core.errors import NotFound
 from app.core.pages import Cursor, Page, read_page
 from app.core.retention import json_size
 from app.core.tables import StoredCompletion
+
+MAX_PAGE_BYTES = 16 * 2**20  # of JSON in one page of a list
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +72,7 @@ def get_completion(
 def list_completions(
     session: Session, *, project_id: str, wanted: Wanted, cursor: Cursor
 ) -> Page[StoredCompletion]:
-    """Stored completions of the project."""
+    """Stored completions of the project; fewer than asked for where they are large."""
     query = _of(project_id)
     if wanted.model is not None:
         query = query.where(StoredCompletion.model == wanted.model)
@@ -76,7 +80,20 @@ def list_completions(
         query = query.where(StoredCompletion.user_metadata.is_(None))
     elif wanted.metadata:
         query = query.where(StoredCompletion.user_metadata.contains(wanted.metadata))
-    return read_page(session, query, keys=(StoredCompletion.created_at, StoredCompletion.id), cursor=cursor)
+    keys = (StoredCompletion.created_at, StoredCompletion.id)
+    slim = query.options(load_only(*keys, StoredCompletion.size_bytes, raiseload=True))
+    page = read_page(session, slim, keys=keys, cursor=cursor)
+    fitting = _fitting(page.data)
+    whole = select(StoredCompletion).where(StoredCompletion.id.in_(fitting))
+    rows = {row.id: row for row in session.scalars(whole, execution_options={"populate_existing": True})}
+    return Page([rows[id] for id in fitting if id in rows], page.has_more or len(fitting) < len(page.data))
+
+
+def _fitting(rows: Sequence[StoredCompletion]) -> list[str]:
+    """As many of the rows as may be in memory together, but one at least."""
+    sizes = accumulate(row.size_bytes for row in rows)
+    held = zip(rows, sizes, strict=True)
+    return [row.id for number, (row, size) in enumerate(held) if number == 0 or size <= MAX_PAGE_BYTES]
 
 
 def change_metadata(

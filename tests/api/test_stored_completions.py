@@ -8,6 +8,7 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.orm import Session, sessionmaker
 
+from app.core import stored_completions
 from app.core.base_models import DEFAULT_BASE_MODEL
 from app.core.db import transaction
 from tests.api.conftest import Tenant
@@ -86,6 +87,18 @@ def test_lists_filter_by_model_and_metadata_and_go_either_way(
     assert listed(tenant, f"model={DEFAULT_BASE_MODEL}&limit=2&after={ids[0]}") == ids[1:]
     assert listed(tenant, "model=other") == []
     assert_refused(tenant.http.get(f"{PATH}?order=up"), 400, code="invalid_value", param="order")
+
+
+def test_a_page_of_large_completions_is_shorter_and_the_next_one_goes_on(
+    tenant: Tenant, worker: InferenceWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = [chat(tenant, store=True).json()["id"] for _ in range(3)]
+    monkeypatch.setattr(stored_completions, "MAX_PAGE_BYTES", 1)
+    after = ""
+    for number, id in enumerate(ids):
+        page = tenant.http.get(f"{PATH}?{after}").json()
+        assert ([item["id"] for item in page["data"]], page["has_more"]) == ([id], number < 2)
+        after = f"after={id}"
 
 
 def test_metadata_is_replaced_or_cleared(tenant: Tenant, worker: InferenceWorker) -> None:

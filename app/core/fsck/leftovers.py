@@ -12,7 +12,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-from sqlalchemy import select
+from sqlalchemy import inspect, select
 from sqlalchemy.orm import Session
 
 from app.core import retention
@@ -96,7 +96,7 @@ def check_stored(site: Site) -> Iterator[Finding]:
         for table in retention.TABLES:
             if session.scalar(select(table.id).where(table.created_at < past).limit(1)) is not None:
                 problem = f"kept longer than {site.settings.stored_days:g} days"
-                yield Finding("I10", table.__name__, problem, HOUSEKEEPING, Severity.WARNING)
+                yield Finding("I10", str(inspect(table).local_table), problem, HOUSEKEEPING, Severity.WARNING)
 
 
 def _running(session: Session) -> set[Attempt | None]:
