@@ -201,7 +201,7 @@ def load_peft(bench: Bench) -> PeftModel:
 def open_engine(bench: Bench) -> Engine:
     """The engine in exact fp32, as peft."""
     limits = EngineLimits(
-        max_batch=max(bench.options.streams, 17), max_tokens_in_flight=64_000, prefix_bytes=0
+        max_batch=max(bench.options.streams, 17), kv_bytes=3 * 10**9, prefix_bytes=0
     )
     engine = Engine(bench.model_dir, limits=limits, device=CPU, dtype=torch.float32)
     engine.start()

@@ -239,7 +239,7 @@ class Inference:
         settings = self._context.settings
         limits = EngineLimits(
             max_batch=settings.max_batch,
-            max_tokens_in_flight=settings.max_tokens_in_flight,
+            kv_bytes=settings.kv_cache_mb * 10**6,
             prefill_tokens=settings.prefill_tokens,
             prefix_bytes=settings.prefix_cache_mb * 10**6,
             adapter_bytes=settings.adapter_memory_mb * 10**6,

@@ -67,7 +67,7 @@ class Settings(BaseSettings):
     presence_s: float = Field(default=6.0, gt=0)  # a worker not heard of for so long counts as gone
     drain_s: float = Field(default=5.0, ge=0)  # how long answers may run on in a worker told to stop
     max_batch: int = Field(default=32, ge=1)  # sequences decoded together by one engine
-    max_tokens_in_flight: int = Field(default=16_384, ge=256)  # tokens of all running sequences of a model
+    kv_cache_mb: int = Field(default=1024, ge=1)  # keys and values of a model's running rows; 10^6 bytes
     prefill_tokens: int = Field(default=256, ge=1)  # prompt tokens computed between two tokens of an answer
     prefix_cache_mb: int = Field(default=256, ge=0)  # known beginnings of prompts, per model; 10^6 bytes
     adapter_memory_mb: int = Field(default=2000, ge=1)  # adapters one engine keeps in memory, 10^6 bytes

@@ -9,6 +9,7 @@ import pytest
 
 from app.core.completions import FinishReason
 from tests.serving.listener import Listener, until
+from tests.tiny import KV_TOKEN_BYTES
 from worker.base_model import load_tokenizer
 from worker.chat_template import ChatTemplate
 
@@ -95,7 +96,7 @@ def test_choices_are_what_each_would_be_alone(make_engine, make_request, ask):
 def test_choices_sent_back_for_lack_of_memory_go_on_where_they_were(make_engine, make_request, ask, adapters):
     # With an adapter, as the bare random model hardly cares what stands before a token.
     sampling = {"temperature": 1.0, "seed": 5, "max_tokens": 150, "n": 6, "tuned": adapters[2]}
-    tight = make_engine(max_batch=6, max_tokens_in_flight=1)  # raised to one context, 512 tokens
+    tight = make_engine(max_batch=6, kv_bytes=CONTEXT * KV_TOKEN_BYTES)
     ample = make_engine(max_batch=6)
     listeners = [ask(engine, make_request(**sampling)).wait() for engine in (tight, ample)]
     assert tight.stats().preemptions > 0
@@ -170,7 +171,7 @@ def test_a_started_answer_outlives_its_deadline(make_engine, make_request, ask):
 
 
 def test_no_word_is_lost_when_many_threads_ask_at_once(make_engine, make_request, adapters):
-    engine = make_engine(max_batch=4, adapter_bytes=20_000, max_tokens_in_flight=900)
+    engine = make_engine(max_batch=4, adapter_bytes=20_000, kv_bytes=900 * KV_TOKEN_BYTES)
     weights = [None, *adapters]
     requests = [
         make_request(
@@ -203,12 +204,23 @@ def test_no_word_is_lost_when_many_threads_ask_at_once(make_engine, make_request
 
 
 def test_memory_for_rows_stays_within_the_budget(make_engine, make_request, ask):
-    engine = make_engine(max_batch=8, max_tokens_in_flight=768)
+    engine = make_engine(max_batch=8, kv_bytes=768 * KV_TOKEN_BYTES)
     listeners = [ask(engine, make_request(max_tokens=200)) for _ in range(8)]
     for listener in listeners:
         assert listener.wait().finished[0].completion_tokens == 200
         assert engine.stats().kv_tokens_reserved <= 768
     assert engine.stats().preemptions > 0
+
+
+def test_a_budget_smaller_than_the_context_shortens_it_and_says_so(make_engine, make_request, ask):
+    engine = make_engine(kv_bytes=300 * KV_TOKEN_BYTES + 1)
+    last = ask(engine, make_request()).wait().finished[0]
+    assert last.prompt_tokens + last.completion_tokens == 300
+    failed = ask(engine, make_request("order " * 300)).wait().failed
+    assert failed.code == "context_length_exceeded"
+    assert "maximum context length is 300 tokens" in failed.message
+    with pytest.raises(ValueError, match="hold 255 tokens of this model; give it at least 131072"):
+        make_engine(kv_bytes=256 * KV_TOKEN_BYTES - 1)
 
 
 def test_a_message_delivered_twice_is_answered_once(make_engine, make_request, ask):

@@ -13,6 +13,7 @@ from app.core.completions import CompletionRequest, TunedWeights
 from app.core.manifest import write_manifest
 from tests.serving.conftest import CPU, quiet_peft
 from tests.serving.listener import until
+from tests.tiny import CONTEXT_LENGTH, KV_TOKEN_BYTES
 from worker.base_model import load_base_model, load_tokenizer
 from worker.chat_template import ChatTemplate
 from worker.serving.batch import GroupLimits, ModelGroup
@@ -58,9 +59,11 @@ def reference(tiny_dir: Path, adapters: list[TunedWeights]):
 
 def make_group(tiny_dir: Path, **limits: int) -> tuple[ModelGroup, Intake]:
     model = load_base_model(tiny_dir, quantize_4bit=False, device=CPU, dtype=torch.float32)
-    defaults = {"max_batch": 8, "max_tokens": 8192, "adapter_bytes": 10**9}
+    defaults = {"max_batch": 8, "kv_bytes": 8192 * KV_TOKEN_BYTES, "adapter_bytes": 10**9}
     group = ModelGroup(model, GroupLimits(**(defaults | limits)))
-    return group, Intake(load_tokenizer(tiny_dir), model, chat_template=None)
+    return group, Intake(
+        load_tokenizer(tiny_dir), model, chat_template=None, context_length=group.context_length
+    )
 
 
 def admit(group: ModelGroup) -> Sequence:
@@ -70,21 +73,30 @@ def admit(group: ModelGroup) -> Sequence:
     return admitted[0]
 
 
+def start(group: ModelGroup) -> None:
+    """Let the next sequence run."""
+    sequence = admit(group)
+    group.begin(sequence)
+    group.prefill(sequence)
+
+
 @torch.inference_mode()
 def run(
     group: ModelGroup, intake: Intake, requests: list[CompletionRequest], *, limit: int | None = None
 ) -> list[list[int]]:
-    """Answer all, one more choice joining at each step; their ids. `limit`: prompt tokens a step."""
+    """Answer all, one more choice joining at each step; their ids. `limit`: tokens a step of each prompt."""
     completions = [intake.open(request) for request in requests]
     choices = [(sequence, len(c.prompt_ids)) for c in completions for sequence in c.sequences]
     waiting = [sequence for sequence, _ in choices]
     while waiting or not group.idle:
         if waiting:
             group.queue.push(waiting.pop(0))
-        while sequence := group.filling or group.admit():
+        while sequence := group.admit():
+            group.begin(sequence)
+            if limit is None and sequence in group.fillings:
+                group.prefill(sequence)
+        for sequence in list(group.fillings):
             group.prefill(sequence, limit)
-            if limit is not None:
-                break
         if group.rows:
             group.decode()
     return [sequence.ids[start:] for sequence, start in choices]
@@ -110,9 +122,13 @@ def test_rows_joining_over_time_get_the_tokens_they_get_alone(tiny_dir, make_req
 def test_prompts_computed_in_parts_beside_running_rows_change_nothing(
     tiny_dir, make_request, adapters, reference, limit
 ):
-    requests = mixed_requests(make_request, adapters, 10)
-    group, intake = make_group(tiny_dir, max_batch=4)
-    assert run(group, intake, requests, limit=limit) == [reference(request) for request in requests]
+    requests = [
+        request.model_copy(update={"project_id": f"proj_{number % 3}"})
+        for number, request in enumerate(mixed_requests(make_request, adapters, 12))
+    ]
+    for max_batch in (2, 6):
+        group, intake = make_group(tiny_dir, max_batch=max_batch)
+        assert run(group, intake, requests, limit=limit) == [reference(request) for request in requests]
 
 
 def test_known_beginnings_of_prompts_change_nothing(tiny_dir, make_request, adapters, reference):
@@ -127,8 +143,25 @@ def test_known_beginnings_of_prompts_change_nothing(tiny_dir, make_request, adap
 def test_rows_sent_back_for_lack_of_memory_get_the_same_tokens(tiny_dir, make_request, adapters, reference):
     requests = mixed_requests(make_request, adapters, 10)
     requests += [make_request(text, max_tokens=150) for text in TEXTS]
-    group, intake = make_group(tiny_dir, max_tokens=700)
+    group, intake = make_group(tiny_dir, kv_bytes=700 * KV_TOKEN_BYTES)
     assert run(group, intake, requests) == [reference(request) for request in requests]
+    assert group.preemptions > 0
+
+
+def test_keys_and_values_take_no_more_memory_than_they_were_given(tiny_dir, make_request, adapters):
+    kv_bytes = 1000 * KV_TOKEN_BYTES
+    group, intake = make_group(tiny_dir, kv_bytes=kv_bytes)
+    taken = []
+    forward = group._forward
+
+    def watch(*arguments):
+        logits_BV = forward(*arguments)
+        taken.append(sum(layer.keys_RHLD.nbytes + layer.values_RHLD.nbytes for layer in group.cache.slots))
+        return logits_BV
+
+    group._forward = watch
+    run(group, intake, [make_request(text, max_tokens=150) for text in TEXTS * 2], limit=16)
+    assert kv_bytes / 2 < max(taken) <= kv_bytes
     assert group.preemptions > 0
 
 
@@ -136,20 +169,20 @@ def test_a_choice_sent_back_does_not_begin_again_from_its_sibling(
     tiny_dir, make_request, adapters, reference
 ):
     """The youngest choice comes back while the other still runs: it must not copy that one's prompt."""
-    group, intake = make_group(tiny_dir, max_tokens=1)  # raised to one context, 512 tokens
+    group, intake = make_group(tiny_dir, kv_bytes=CONTEXT_LENGTH * KV_TOKEN_BYTES)
     # Three rows fit up to 170 tokens each; the first request ends at 180, so that two may go on to 240.
     start = len(intake.open(make_request("Hello")).prompt_ids)
     first = make_request("Hello", max_tokens=180 - start)
     pair = make_request("Hello", tuned=adapters[2], max_tokens=240 - start, n=2)
     joined = []
-    prefill = group.prefill
+    begin = group.begin
 
-    def watch(sequence, limit):
+    def watch(sequence):
         others = [other.completion for other in group.rows]
         joined.append((sequence.made_tokens > 0, sequence.completion in others))
-        return prefill(sequence, limit)
+        begin(sequence)
 
-    group.prefill = watch
+    group.begin = watch
     expected = reference(pair)
     assert run(group, intake, [first, pair]) == [reference(first), expected, expected]
     assert (True, True) in joined  # it did happen
@@ -166,13 +199,13 @@ def test_a_sequence_that_gets_no_row_gives_its_adapter_and_its_place_back(
 
     with torch.inference_mode():
         group.queue.push(opened[0].sequences[0])
-        group.prefill(admit(group))
+        start(group)
         group.queue.push(opened[0].sequences[1])
         second = admit(group)
         for layer in group.cache.slots:
             monkeypatch.setattr(layer, "copy_row", no_memory)
         with pytest.raises(torch.OutOfMemoryError):
-            group.prefill(second)
+            group.begin(second)
         monkeypatch.undo()
         assert len(group.cache.lengths) == len(group.rows) == 1
         group.drop(opened[0])
@@ -210,12 +243,12 @@ def test_a_broken_neighbour_changes_nothing_for_the_others(tiny_dir, make_reques
         ]
         for completion in opened[:2]:
             group.queue.push(completion.sequences[0])
-            group.prefill(admit(group))
+            start(group)
         assert opened[1].broken
         group.decode()
         group.drop(opened[1])
         group.queue.push(opened[2].sequences[0])
-        group.prefill(admit(group))
+        start(group)
         while group.rows:
             group.decode()
             assert not any(completion.broken for completion in (opened[0], opened[2]))

@@ -1,9 +1,10 @@
 """One model and the sequences that run on it together: they join and leave between two steps.
 
 A new sequence is computed by itself (prefill, exact), some tokens between two steps of the others, then its
-row joins them, whatever adapter each row uses. What another prompt of the same project and weights began
-with is not computed again. When the token budget is full, the youngest row gives its place back and is
-computed again later.
+row joins them, whatever adapter each row uses. A few projects' prompts are computed side by side, so that a
+long one delays no other project's first token. What another prompt of the same project and weights began
+with is not computed again. When the memory for keys and values is full, the youngest row gives its place back
+and is computed again later.
 Knows models, rows and adapters; nothing of threads, requests' words or the world outside.
 """
 
@@ -25,13 +26,15 @@ from worker.serving.forward import forward
 from worker.serving.linears import pack_linears
 from worker.serving.prefixes import BLOCK, PrefixCache, block_names
 from worker.serving.sampling import choose_tokens
-from worker.serving.scheduler import FairQueue
+from worker.serving.scheduler import FairQueue, project_of
 from worker.serving.sequence import Completion, Sequence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 HEADROOM = 64  # tokens a new row must be able to grow, so that it is not sent back at once
+FILLING = 4  # projects whose prompts are computed side by side; more would cut each step's tokens too small
+SMALLEST_CONTEXT = 256  # tokens; a model that can hold no more is of no use
 
 
 class CannotBegin(Exception):
@@ -48,7 +51,7 @@ class GroupLimits:
     """What one model may hold at once."""
 
     max_batch: int  # rows
-    max_tokens: int  # rows x longest row; at least one whole context
+    kv_bytes: int  # keys and values of all rows, each as long as the longest
     adapter_bytes: int  # adapters in memory
     prefix_bytes: int = 0  # known beginnings of prompts
 
@@ -56,7 +59,8 @@ class GroupLimits:
 class ModelGroup:
     """A model, its waiting line and its running batch; row i of the cache belongs to `rows[i]`.
 
-    `filling`: the one sequence whose prompt is computed in part; its row is behind all others.
+    `fillings`: sequences whose prompts are computed in part, one a project at most; their rows are behind all
+    others. `context_length`: tokens of the longest sequence, the model's own or as many as the budget holds.
     """
 
     def __init__(
@@ -66,7 +70,13 @@ class ModelGroup:
         use_row_attention(model)
         pack_linears(model)
         self.model = model
-        self.context_length: int = model.config.max_position_embeddings
+        max_tokens = limits.kv_bytes // token_bytes(model)
+        self.context_length = min(int(model.config.max_position_embeddings), max_tokens)
+        if self.context_length < min(SMALLEST_CONTEXT, model.config.max_position_embeddings):
+            raise ValueError(
+                f"{limits.kv_bytes} bytes for keys and values hold {max_tokens} tokens of this model; give "
+                f"it at least {SMALLEST_CONTEXT * token_bytes(model)} (LUTHIER_KV_CACHE_MB)"
+            )
         self.adapters = AdapterSet(
             model, budget_bytes=limits.adapter_bytes, max_slots=limits.max_batch, on_read=on_read
         )
@@ -74,12 +84,12 @@ class ModelGroup:
         self.cache = SlotCache(
             model.config.num_hidden_layers,
             max_rows=limits.max_batch,
-            max_tokens=max(limits.max_tokens, self.context_length),  # one sequence alone always fits
+            max_tokens=max_tokens,
             device=model.device,
         )
         self.prefixes = PrefixCache(limits.prefix_bytes)
         self.queue = FairQueue()
-        self.filling: Sequence | None = None
+        self.fillings: list[Sequence] = []
         self.rows: list[Sequence] = []
         self._age: list[Sequence] = []  # running sequences, oldest first
         self.preemptions = 0
@@ -87,17 +97,23 @@ class ModelGroup:
     @property
     def idle(self) -> bool:
         """Nothing runs and nothing waits."""
-        return not self.rows and not self.queue and self.filling is None
+        return not self.rows and not self.queue and not self.fillings
 
     def admit(self) -> Sequence | None:
-        """Give the next waiting sequence a row, if there is one and it fits.
+        """Give the next waiting sequence a place, if there is one and it fits; `prefill` begins it.
 
-        One whose adapter is just being read lets those behind it go first, for that is soon over; for want
-        of memory nobody is overtaken. Raises CannotBegin; that sequence stays in line.
+        A project that fills a row waits for its next. One whose adapter is just being read lets those behind
+        it go first, for that is soon over; for want of memory nobody is overtaken. Raises CannotBegin; that
+        sequence stays in line.
         """
+        if len(self.fillings) >= FILLING:
+            return None
+        busy = {project_of(sequence) for sequence in self.fillings}
         for sequence in islice(self.queue, self._max_batch):
-            length = min(max(len(sequence.ids), self.cache.longest) + HEADROOM, self.context_length)
-            if not self.cache.reserve(len(self.rows) + 1, length):
+            if project_of(sequence) in busy:
+                continue
+            length = min(max(len(sequence.ids), self._longest) + HEADROOM, self.context_length)
+            if not self.cache.reserve(len(self.cache.lengths) + 1, length):
                 return None
             tuned = _adapter_of(sequence.completion)
             try:
@@ -111,23 +127,25 @@ class ModelGroup:
                 return None
         return None
 
-    def prefill(self, sequence: Sequence, limit: int | None = None) -> int:
-        """Compute at most `limit` tokens of an admitted sequence; returns how many, O(T).
+    def begin(self, sequence: Sequence) -> None:
+        """Give an admitted sequence its row: one that is filled by `prefill`, or at once, as a sibling's."""
+        source = self._row_with_prompt(sequence)
+        logits_1V = sequence.completion.prompt_logits
+        if source is not None and logits_1V is not None:
+            self._join(sequence, self.cache.fork_row(source, len(sequence.ids)))
+            self._accept([sequence], logits_1V)
+            return
+        sequence.row = self.cache.add_row()
+        self.fillings.append(sequence)
+        self._reuse(sequence, sequence.row)
 
-        With the last of them comes its first new token, and its row joins the others; until then it is
-        `filling`, and no other can be admitted.
+    def prefill(self, sequence: Sequence, limit: int | None = None) -> int:
+        """Compute at most `limit` tokens of a sequence that has begun; returns how many, O(T).
+
+        With the last of them comes its first new token, and its row joins the others.
         """
-        if sequence is not self.filling:
-            source = self._row_with_prompt(sequence)
-            logits_1V = sequence.completion.prompt_logits
-            if source is not None and logits_1V is not None:
-                self._join(sequence, self.cache.fork_row(source, len(sequence.ids)))
-                self._accept([sequence], logits_1V)
-                return 0
-            sequence.row = self.cache.add_row()
-            self.filling = sequence
-            self._reuse(sequence, sequence.row)
-        row = len(self.rows)
+        row = sequence.row
+        assert row is not None
         start = self.cache.lengths[row]
         ids = sequence.ids[start : None if limit is None else start + limit]
         logits_1V = self._forward(row, [ids], [sequence])
@@ -135,16 +153,19 @@ class ModelGroup:
             if len(sequence.completion.sequences) > 1 and not sequence.made_tokens:
                 sequence.completion.prompt_logits = logits_1V
             self._keep(sequence, row, logits_1V)
-            self.filling = None
+            self.fillings.remove(sequence)
             self._join(sequence, row)
             self._accept([sequence], logits_1V)
         return len(ids)
 
+    def missing(self, sequence: Sequence) -> int:
+        """Tokens of a filling sequence that are not computed yet."""
+        assert sequence.row is not None
+        return len(sequence.ids) - self.cache.lengths[sequence.row]
+
     def decode(self) -> list[Sequence]:
         """One new token for every row; returns those. Rows without room go back to the line first."""
-        while not self.cache.reserve(
-            len(self.cache.lengths), min(self.cache.longest + 1, self.context_length)
-        ):
+        while not self.cache.reserve(len(self.cache.lengths), min(self._longest + 1, self.context_length)):
             self._preempt()
         rows = list(self.rows)
         if rows:
@@ -159,22 +180,20 @@ class ModelGroup:
         row, sequence.row = sequence.row, None
         if row is None:
             return
-        if sequence is self.filling:
-            self.filling = None
-            self.cache.remove_row(row)
+        if sequence in self.fillings:
+            self.fillings.remove(sequence)
+            self._free(row)
             return
         last = self.rows.pop()
         if last is not sequence:
             self.cache.replace_row(row, len(self.rows))
             self.rows[row], last.row = last, row
-        self.cache.remove_row(len(self.rows))  # the one that is filling, if any, comes one place forward
-        if self.filling is not None:
-            self.filling.row = len(self.rows)
+        self._free(len(self.rows))
         self._age.remove(sequence)
 
     def abandon(self) -> None:
         """Forget all rows, and what was kept of prompts, after a failure."""
-        self.filling = None
+        self.fillings.clear()
         self.prefixes.clear()
         self.cache.clear()
 
@@ -217,13 +236,34 @@ class ModelGroup:
             if name not in self.prefixes:
                 self.prefixes.add(name, self.cache.read_tokens(row, index * BLOCK, BLOCK))
 
+    @property
+    def _longest(self) -> int:
+        """Tokens of the longest row, prompts that are being filled counted whole."""
+        return max([self.cache.longest, *(len(sequence.ids) for sequence in self.fillings)])
+
     def _join(self, sequence: Sequence, row: int) -> None:
-        sequence.row = row
+        """Let a row that is ready run: it moves before those that are being filled."""
+        place = len(self.rows)
+        if row != place:
+            self.cache.swap_rows(place, row)
+            self._moved(place, row)
+        sequence.row = place
         self.rows.append(sequence)
         self._age.append(sequence)
 
+    def _free(self, row: int) -> None:
+        """Give a row behind the running ones back; the last one takes its place."""
+        self.cache.remove_row(row)
+        self._moved(len(self.cache.lengths), row)
+
+    def _moved(self, source: int, target: int) -> None:
+        for sequence in self.fillings:
+            if sequence.row == source:
+                sequence.row = target
+                return
+
     def _preempt(self) -> None:
-        youngest = self.filling or self._age[-1]
+        youngest = (self.fillings or self._age)[-1]
         self.leave(youngest)
         self.queue.push_front(youngest)
         self.preemptions += 1
@@ -234,6 +274,15 @@ class ModelGroup:
             return None
         siblings = sequence.completion.sequences
         return next((other.row for other in siblings if other.row is not None), None)
+
+
+def token_bytes(model: PreTrainedModel) -> int:
+    """Memory of one token's keys and values over all layers, as `SlotCache` holds them."""
+    config = model.config
+    heads: int = config.num_attention_heads
+    kv_heads: int = getattr(config, "num_key_value_heads", None) or heads
+    size: int = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 2 * int(config.num_hidden_layers) * kv_heads * size * model.dtype.itemsize
 
 
 def refuse_special_attention(model: PreTrainedModel) -> None:

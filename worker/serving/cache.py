@@ -91,6 +91,15 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 buffer[target, :, :length] = buffer[source, :, :length]
             buffer[target, :, length:old_length] = 0
 
+    def swap_rows(self, one: int, other: int, *, length: int) -> None:
+        """Exchange the first `length` tokens of two rows; neither holds more."""
+        if not self.is_initialized:
+            return
+        for buffer in (self.keys_RHLD, self.values_RHLD):
+            kept = buffer[one, :, :length].clone()
+            buffer[one, :, :length] = buffer[other, :, :length]
+            buffer[other, :, :length] = kept
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys the mask must cover."""
         return self.get_seq_length() + query_length, 0
@@ -176,6 +185,13 @@ class SlotCache(Cache):
         for layer in self.slots:
             layer.copy_row(source, row, length=self.lengths[source], old_length=self.lengths[row])
         self.lengths[row] = self.lengths[source]
+
+    def swap_rows(self, one: int, other: int) -> None:
+        """Let two rows change places."""
+        length = max(self.lengths[one], self.lengths[other])
+        for layer in self.slots:
+            layer.swap_rows(one, other, length=length)
+        self.lengths[one], self.lengths[other] = self.lengths[other], self.lengths[one]
 
     def read_tokens(self, row: int, start: int, count: int) -> Tensor:
         """A copy of the keys and values of `count` tokens: layers, 2, heads, tokens, head size."""

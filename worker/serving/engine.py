@@ -41,7 +41,7 @@ class EngineLimits:
     """What one engine may hold at once."""
 
     max_batch: int = 16  # sequences computed together
-    max_tokens_in_flight: int = 16_384  # rows x longest row, per model; at least one whole context
+    kv_bytes: int = 2**30  # keys and values of running rows, per model; each row is as long as the longest
     adapter_bytes: int = 2 * 2**30  # LoRA adapters in memory; those of running rows are there twice
     max_full_models: int = 1  # whole tuned models in memory beside the base
     prefix_bytes: int = 256 * 2**20  # keys and values of prompts' beginnings, per model
@@ -91,7 +91,12 @@ class Engine:
         self._thread: Thread | None = None
         self._last_turn = time.monotonic()
         base = self._load_group(Path(base_dir))
-        self._intake = Intake(load_tokenizer(base_dir), base.model, chat_template=chat_template)
+        self._intake = Intake(
+            load_tokenizer(base_dir),
+            base.model,
+            chat_template=chat_template,
+            context_length=base.context_length,
+        )
         models = ModelSet(
             base,
             load=self._load_group,
@@ -217,7 +222,7 @@ class Engine:
         model = load_base_model(folder, quantize_4bit=False, device=self._device, dtype=self._dtype)
         limits = GroupLimits(
             max_batch=self._limits.max_batch,
-            max_tokens=self._limits.max_tokens_in_flight,
+            kv_bytes=self._limits.kv_bytes,
             adapter_bytes=self._limits.adapter_bytes,
             prefix_bytes=self._limits.prefix_bytes,
         )

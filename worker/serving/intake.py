@@ -24,13 +24,21 @@ _log = logging.getLogger(__name__)
 
 
 class Intake:
-    """Prompts of one model. `end_ids`: tokens that end an answer."""
+    """Prompts of one model.
+
+    `end_ids`: tokens that end an answer. `context_length`: tokens of prompt and answer together.
+    """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, *, chat_template: str | None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        model: PreTrainedModel,
+        *,
+        chat_template: str | None,
+        context_length: int,
     ) -> None:
         self.tokenizer = tokenizer
-        self.context_length: int = model.config.max_position_embeddings
+        self.context_length = context_length
         self._vocabulary: int = model.config.vocab_size
         self._renderer = Renderer(tokenizer, chat_template, vocabulary=self._vocabulary)
         self.end_ids = find_end_ids(tokenizer, model, self._renderer.template)

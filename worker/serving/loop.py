@@ -51,7 +51,7 @@ class Loop:
     @property
     def busy(self) -> bool:
         """There is something to compute now; who waits for a file does not count."""
-        return self._moved or any(group.rows or group.filling for group in self.models.groups)
+        return self._moved or any(group.rows or group.fillings for group in self.models.groups)
 
     @property
     def loading(self) -> int:
@@ -107,22 +107,50 @@ class Loop:
             self._failed_steps = 0
 
     def _admit(self, group: ModelGroup) -> None:
-        spent = 0
-        while spent < self._prefill_tokens and (sequence := group.filling or group.queue.peek()) is not None:
+        """Spend a step's prompt tokens: shortest first, and no project's prompt takes more than its share.
+
+        What a short one leaves is spent on the longer ones, and on those that are admitted in its place.
+        """
+        left = self._prefill_tokens
+        while left > 0:
+            self._take_in(group)
+            turns = sorted(group.fillings, key=group.missing)
+            if not turns:
+                return
+            for others, sequence in zip(range(len(turns), 0, -1), turns, strict=True):
+                if left > 0:
+                    left -= self._fill(group, sequence, -(-left // others))
+
+    def _take_in(self, group: ModelGroup) -> None:
+        """Begin what can begin now."""
+        while True:
             try:
-                admitted = group.filling or group.admit()
-                if admitted is None:
-                    return
-                self._moved = True
-                sequence = admitted
-                spent += group.prefill(sequence, self._prefill_tokens - spent)
-                if sequence is not group.filling:
-                    self._hand_out([sequence])
+                sequence = group.admit()
             except CannotBegin as error:
                 self._moved = True
                 self._fail(error.sequence.completion, unavailable(error.reason))
+                continue
+            if sequence is None:
+                return
+            self._moved = True
+            try:
+                group.begin(sequence)
+                if sequence not in group.fillings:
+                    self._hand_out([sequence])
             except Exception as error:
                 self._fail_prompt(sequence, error)
+
+    def _fill(self, group: ModelGroup, sequence: Sequence, limit: int) -> int:
+        """Compute a part of a prompt; returns its tokens."""
+        self._moved = True
+        try:
+            spent = group.prefill(sequence, limit)
+            if sequence not in group.fillings:
+                self._hand_out([sequence])
+        except Exception as error:
+            self._fail_prompt(sequence, error)
+            return 0
+        return spent
 
     def _fail_prompt(self, sequence: Sequence, error: Exception) -> None:
         """End the request of a prompt that failed; called while its exception is handled."""

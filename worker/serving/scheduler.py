@@ -31,11 +31,11 @@ class FairQueue:
 
     def push(self, sequence: Sequence) -> None:
         """Add at the end of its project's line; a new line starts last."""
-        self._lines.setdefault(_project(sequence), deque()).append(sequence)
+        self._lines.setdefault(project_of(sequence), deque()).append(sequence)
 
     def push_front(self, sequence: Sequence) -> None:
         """Make it the very next: a sequence that had to give its row back has waited already."""
-        project = _project(sequence)
+        project = project_of(sequence)
         self._lines.setdefault(project, deque()).appendleft(sequence)
         self._lines.move_to_end(project, last=False)
 
@@ -47,7 +47,7 @@ class FairQueue:
 
     def take(self, sequence: Sequence) -> None:
         """Serve this one now; its project goes behind the others."""
-        project = _project(sequence)
+        project = project_of(sequence)
         line = self._lines[project]
         line.remove(sequence)
         if line:
@@ -66,5 +66,6 @@ class FairQueue:
             self._lines.pop(project, None)
 
 
-def _project(sequence: Sequence) -> str:
+def project_of(sequence: Sequence) -> str:
+    """Whose it is."""
     return sequence.completion.request.project_id
