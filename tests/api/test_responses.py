@@ -18,6 +18,7 @@ from app.core.db import transaction
 from app.core.tables import StoredResponse
 from tests.api.conftest import MAX_BODY_BYTES, Tenant
 from tests.api.expecting import assert_refused
+from tests.api.test_chat import wait_for
 from tests.api.workers import InferenceWorker, says
 
 PATH = "/v1/responses"
@@ -267,6 +268,17 @@ def test_too_long_an_input_is_named_as_the_input(tenant: Tenant, worker: Inferen
     failed = Failed(status=400, code="context_length_exceeded", message="This is too long.", param="messages")
     worker.script = lambda _: [[failed]]
     assert_refused(respond(tenant), 400, code="context_length_exceeded", param="input")
+
+
+def test_a_client_that_leaves_stops_the_generation_and_nothing_is_stored(
+    tenant: Tenant, worker: InferenceWorker, sessions: sessionmaker[Session]
+) -> None:
+    worker.script = lambda _: [[Delta(index=0, text="so far")]]
+    with tenant.http.stream("POST", PATH, json=BODY | {"stream": True}) as answer:
+        assert next(answer.iter_lines()) == "event: response.created"
+    wait_for(lambda: worker.cancels == [worker.requests[0].id])
+    with sessions() as session:
+        assert session.scalar(select(StoredResponse.id)) is None
 
 
 def test_cancel_and_streams_of_what_is_stored_are_refused_by_name(

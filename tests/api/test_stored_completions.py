@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from app.core import stored_completions
 from app.core.base_models import DEFAULT_BASE_MODEL
+from app.core.completions import Delta, Failed
 from app.core.db import transaction
 from tests.api.conftest import Tenant
 from tests.api.expecting import assert_refused
@@ -152,6 +153,14 @@ def test_an_answer_that_cannot_be_stored_fails_aloud(
     else:
         assert_refused(answer, 503, code="service_unavailable", says="could not be stored")
         assert int(answer.headers["retry-after"]) > 0
+    assert listed(tenant) == []
+
+
+def test_an_answer_that_fails_in_the_middle_is_not_stored(tenant: Tenant, worker: InferenceWorker) -> None:
+    failed = Failed(status=503, code="engine_stopped", message="The worker was stopped.")
+    worker.script = lambda _: [[Delta(index=0, text="Hel")], [failed]]
+    assert "engine_stopped" in chat(tenant, store=True, stream=True).text
+    assert_refused(chat(tenant, store=True), 503, code="engine_stopped")
     assert listed(tenant) == []
 
 
