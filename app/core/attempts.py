@@ -18,7 +18,6 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session, aliased
 
 from app.core import events
-from app.core.db import utc_now
 from app.core.failures import CURES, FailureCode, most_deaths
 from app.core.status import JobStatus
 from app.core.tables import Job
@@ -226,7 +225,7 @@ def ended(status: JobStatus) -> dict[str, Any]:
     """What the row of a job in a final state holds, whoever ended it."""
     return _let_go() | {
         "status": status,
-        "finished_at": utc_now(),
+        "finished_at": func.clock_timestamp(),
         "not_before": None,
         "pause_requested_at": None,
     }

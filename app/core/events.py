@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import select, text
+from sqlalchemy import func, select, text
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from app.core.db import utc_now
 from app.core.ids import Prefix, new_id
 from app.core.pages import Cursor, Page, read_page
 from app.core.tables import Checkpoint, Job, JobEvent, TunedModel
@@ -27,6 +26,7 @@ def add_message(
     session.add(
         JobEvent(
             id=id or new_id(Prefix.EVENT),
+            created_at=func.clock_timestamp(),
             job_id=job.id,
             attempt=job.attempt,
             level=level,
@@ -46,7 +46,7 @@ def add_metrics(session: Session, job: Job, *, message: str, step: int, data: di
             id=new_id(Prefix.EVENT),
             job_id=job.id,
             attempt=job.attempt,
-            created_at=utc_now(),
+            created_at=func.clock_timestamp(),
             level=EventLevel.INFO,
             type=EventType.METRICS,
             message=message,

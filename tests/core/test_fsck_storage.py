@@ -11,12 +11,14 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from app.core import jobs
 from app.core.attempts import Attempt
 from app.core.db import utc_now
 from app.core.fsck import processes, survey
@@ -253,6 +255,17 @@ def test_the_folder_of_an_attempt_goes_when_the_attempt_is_over(installation: In
     assert installation.told() == [("I10", "in storage, but no row needs it")]
     assert installation.mend() == 1
     assert not folder.exists()
+
+
+def test_a_worker_may_take_a_moment_to_clear_up_after_a_cancel(installation: Installation) -> None:
+    job = installation.running()
+    installation.house.storage.path(Attempt(job.id, 1).folder_key).mkdir()
+    jobs.cancel_job(installation.house.session, project_id=job.project_id, job_id=job.id)
+    installation.house.session.commit()
+    assert installation.told() == []
+    assert [invariant for invariant, _ in installation.told(strict=True)] == ["I10"]
+    installation.set(Job, job.id, finished_at=utc_now() - timedelta(seconds=20))
+    assert installation.told() == [("I10", "in storage, but no row needs it")]
 
 
 def test_the_folder_of_an_attempt_that_runs_again_meanwhile_is_left_alone(installation: Installation) -> None:

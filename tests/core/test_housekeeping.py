@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 import redis
-from sqlalchemy import func, update
+from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session, sessionmaker
 
-from app.core import attempts, housekeeping, jobs
+from app.core import attempts, events, housekeeping, jobs
 from app.core.attempts import Attempt
 from app.core.db import utc_now
 from app.core.housekeeping import Swept, purge, sweep
 from app.core.settings import Settings
 from app.core.status import JobStatus
-from app.core.tables import File, Job
+from app.core.tables import File, Job, JobEvent
 from tests.core.rows import House, make_sender
 
 LEASE_S = 0.1  # so short that attempts have renewed after the tests' server began
@@ -222,10 +222,10 @@ def test_who_waits_for_the_disk_keeps_nobody_from_queueing_dead_jobs(
         assert clean(house) == Swept(hinted=1, requeued=1)
 
 
-def test_the_clock_of_the_machine_that_sent_a_hint_does_not_matter(
+def test_the_clocks_of_the_machines_that_write_do_not_matter(
     house: House, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (housekeeping, jobs):
+    for module in (attempts, events, housekeeping, jobs):
         monkeypatch.setattr(module, "utc_now", lambda: utc_now() + timedelta(hours=2), raising=False)
     created, resumed, swept = house.job(), queue_up(house), queue_up(house)
     for act in (jobs.pause_job, partial(jobs.resume_job, sender=house.sender)):
@@ -236,3 +236,7 @@ def test_the_clock_of_the_machine_that_sent_a_hint_does_not_matter(
     house.session.expire_all()
     sent = [job.hinted_at for job in (created, resumed, swept)]
     assert all(at is not None and at < utc_now() + AGO for at in sent), sent
+    ended = jobs.cancel_job(house.session, project_id=created.project_id, job_id=created.id)
+    house.session.commit()
+    told = [event.created_at for event in house.session.scalars(select(JobEvent))]
+    assert max(ended.finished_at or told[0], *told) < utc_now() + AGO

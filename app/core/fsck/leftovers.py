@@ -12,7 +12,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-from sqlalchemy import inspect, select
+from sqlalchemy import func, inspect, select
 from sqlalchemy.orm import Session
 
 from app.core import retention
@@ -31,6 +31,8 @@ from app.core.fsck.finding import (
 from app.core.housekeeping import STALE_S
 from app.core.status import JobStatus
 from app.core.tables import IdempotencyKey, Job, TunedModel
+
+LEAVING_S = 10  # within which a cancel frees the device
 
 
 def check_weights(site: Site) -> Iterator[Finding]:
@@ -51,17 +53,18 @@ def check_weights(site: Site) -> Iterator[Finding]:
 
 
 def check_attempts(site: Site) -> Iterator[Finding]:
-    """Every folder below `attempts/` belongs to an attempt that runs."""
+    """Every folder below `attempts/` belongs to an attempt that runs, or that was ended a moment ago."""
     now = time.time()
     names = names_in(site.storage.root / "attempts")
     with site.snapshot() as session:
-        running = _running(session)
+        running, leaving = _running(session), _leaving(session)
     for name in names:
         attempt = Attempt.of_folder(name)
         if attempt in running:
             continue
         key = f"attempts/{name}"
-        old = attempt is not None or age_s(site.storage.root / key, now) >= site.orphan_age_s
+        young = age_s(site.storage.root / key, now) < site.orphan_age_s
+        old = not young if attempt is None else attempt not in leaving
         yield orphan(site, key, old=old, repair=partial(_drop_attempt, site=site, key=key))
 
 
@@ -101,6 +104,13 @@ def check_stored(site: Site) -> Iterator[Finding]:
 
 def _running(session: Session) -> set[Attempt | None]:
     rows = session.execute(select(Job.id, Job.attempt).where(Job.status == JobStatus.RUNNING))
+    return {Attempt(row.id, row.attempt) for row in rows}
+
+
+def _leaving(session: Session) -> set[Attempt]:
+    """Attempts whose job has just ended: a worker that was not asked has to notice, and to clear up."""
+    since = func.clock_timestamp() - timedelta(seconds=LEAVING_S)
+    rows = session.execute(select(Job.id, Job.attempt).where(Job.finished_at > since))
     return {Attempt(row.id, row.attempt) for row in rows}
 
 
