@@ -60,9 +60,11 @@ def outlooks(
         queue = _queue(session, pace)
         busy_until = _busy_until(session, pace)
         starts = _starts(queue, busy_until, workers)
-        for place, waiter in enumerate(queue, start=1):
+        place = 1
+        for waiter in queue:
             if waiter.id in found:
                 found[waiter.id] = _outlook(waiter, place, starts.get(waiter.id), workers)
+            place += _may_run(waiter, workers)  # one that no worker can run is in nobody's way
     return found
 
 
@@ -95,11 +97,16 @@ def _reason(waiter: _Waiter, place: int, workers: Sequence[Mapping[str, Any]] | 
         return f"Its last attempt died; the next try begins in {left_s:.0f} s."
     if workers is not None and not workers:
         return "No training worker is running; the job starts when one is back."
-    if workers is not None and not any(_can_run(worker, waiter) for worker in workers):
+    if not _may_run(waiter, workers):
         return f"No training worker has the weights of {waiter.base_model}."
     if place == 1:
         return "It is next: it starts as soon as a training worker is free."
     return f"{place - 1} job(s) are ahead of it."
+
+
+def _may_run(waiter: _Waiter, workers: Sequence[Mapping[str, Any]] | None) -> bool:
+    """Whether some worker has what it needs; where no worker is known of, all jobs wait alike."""
+    return not workers or any(_can_run(worker, waiter) for worker in workers)
 
 
 def _can_run(worker: Mapping[str, Any], waiter: _Waiter) -> bool:

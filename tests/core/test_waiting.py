@@ -76,6 +76,18 @@ def test_the_reason_says_what_is_missing(house: House) -> None:
     assert seen.queued_reason.startswith("Its last attempt died; the next try begins in ")
 
 
+def test_a_job_that_no_worker_can_run_is_in_nobodys_way(house: House) -> None:
+    stuck, free = queued(house), queued(house)
+    house.session.execute(update(Job).where(Job.id == stuck.id).values(base_model="large"))
+    seen = look(house, stuck, free, workers=[WORKER])
+    assert [outlook.queued_reason for outlook in seen] == [
+        "No training worker has the weights of large.",
+        "It is next: it starts as soon as a training worker is free.",
+    ]
+    assert [outlook.queue_position for outlook in seen] == [1, 1]
+    assert [outlook.queue_position for outlook in look(house, stuck, free, workers=[])] == [1, 2]
+
+
 def test_without_a_finished_job_there_is_no_invented_time(house: House) -> None:
     first, second = queued(house), queued(house)
     seen = look(house, first, second, workers=[WORKER])
