@@ -31,6 +31,7 @@ from worker.silence import Silence
 from worker.spec import make_spec
 from worker.trainer import Trainer, TrainerDiedError
 from worker.training.words import (
+    Baseline,
     CheckpointReady,
     Failed,
     Finished,
@@ -133,6 +134,8 @@ class AttemptRun:
         match word:
             case Started():
                 self._write(lambda session: records.record_start(session, attempt, word, event_id=event_id))
+            case Baseline():
+                self._write(lambda session: records.record_baseline(session, attempt, word))
             case StepDone():
                 self._write(lambda session: records.record_step(session, attempt, word))
             case CheckpointReady():

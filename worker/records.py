@@ -22,7 +22,7 @@ from app.core.status import FINAL
 from app.core.tables import Checkpoint, Job, Organization, TunedModel
 from app.core.vocabulary import EventLevel, Purpose
 from worker.context import Context
-from worker.training.words import CheckpointReady, Finished, Log, Started, StepDone
+from worker.training.words import Baseline, CheckpointReady, Finished, Log, Started, StepDone
 
 RESULT_COLUMNS = {  # OpenAI's column names, uneven as they are, and the metrics they show
     "step": "step",
@@ -121,6 +121,15 @@ def record_start(session: Session, attempt: Attempt, word: Started, *, event_id:
         events.add_message(session, job, f"Fine-tuning job {where} (attempt {job.attempt})", id=event_id)
 
 
+def record_baseline(session: Session, attempt: Attempt, word: Baseline) -> None:
+    """The loss to beat; an attempt that died before its first checkpoint may have told it already."""
+    job = attempts.hold(session, attempt)
+    loss = word.metrics.full_valid_loss
+    if job.luthier.get("base_full_valid_loss") != loss:
+        job.luthier = job.luthier | {"base_full_valid_loss": loss}
+        events.add_message(session, job, f"Before training: full validation loss={_shown(loss)}")
+
+
 def record_log(session: Session, attempt: Attempt, word: Log, *, event_id: str) -> None:
     """Something the trainer wants the user to know; said once, however often this is repeated."""
     job = attempts.hold(session, attempt)
@@ -138,7 +147,12 @@ def record_success(context: Context, session: Session, attempt: Attempt, word: F
     name = served_models.new_model_name(job, organization_slug=_slug(session, job))
     model = served_models.add_model(session, job, name=name, storage_key=key, is_checkpoint=False)
     result_file = _add_results(context, session, job)
-    values = {"fine_tuned_model": name, "trained_tokens": word.trained_tokens, "result_file": result_file}
+    values = {
+        "fine_tuned_model": name,
+        "trained_tokens": word.trained_tokens,
+        "result_file": result_file,
+        "luthier": job.luthier | {"full_valid_loss": word.full_valid_loss},
+    }
     job = attempts.succeed(session, attempt, values=values)
     events.add_message(session, job, f"New fine-tuned model created: {name}")
     events.add_message(session, job, "The job has successfully completed")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 
 from app.core.settings import Settings
-from worker.training.words import CheckpointReady, Section, Started, StepDone, TrainWord, Working
+from worker.training.words import Baseline, CheckpointReady, Section, Started, StepDone, TrainWord, Working
 
 _DOING = {
     Section.SETUP: "reading files and models",
@@ -44,7 +44,7 @@ class Silence:
                 self._section, self._step = word.section, word.step
             case Started():
                 self._section, self._step = Section.STEP, word.step + 1
-            case StepDone() | CheckpointReady():
+            case Baseline() | StepDone() | CheckpointReady():
                 self._section, self._step = Section.STEP, word.metrics.step + 1
             case _:
                 pass

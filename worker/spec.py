@@ -51,6 +51,7 @@ def make_spec(context: Context, session: Session, job: Job) -> TrainSpec:
         max_length=options["max_length"],
         max_line_bytes=context.settings.max_line_bytes,
         checkpoint_interval=options["checkpoint_interval"],
+        require_improvement=options.get("require_improvement", True),
         checkpoint_every_s=context.settings.checkpoint_every_s,
         resume_from=tuple(str(context.storage.path(key)) for key in resume_keys(session, job.id)),
     )

@@ -32,6 +32,7 @@ class FailureCode(StrEnum):
     NON_FINITE_LOSS = "non_finite_loss"
     NON_FINITE_ADAPTER = "non_finite_adapter"  # or zero
     SERVING_MISMATCH = "serving_mismatch"  # the engine would answer otherwise than it was trained
+    NO_IMPROVEMENT = "no_improvement"  # on the validation file, over the model it began from
     OUT_OF_MEMORY = "out_of_memory"  # of the device
     HOST_OUT_OF_MEMORY = "host_out_of_memory"
     STORAGE_FULL = "storage_full"
@@ -55,6 +56,7 @@ FAULTS: dict[FailureCode, Fault] = {
             _F.NO_TRAINABLE_TOKENS,
             _F.NON_FINITE_LOSS,
             _F.NON_FINITE_ADAPTER,
+            _F.NO_IMPROVEMENT,
         ),
         Fault.USER,
     ),

@@ -103,6 +103,7 @@ def training_options(start: Start, asked: dict[str, Any]) -> dict[str, Any]:
         "adapter": adapter,
         "max_length": min(DEFAULT_MAX_LENGTH, longest),
         "checkpoint_interval": None,
+        "require_improvement": True,
         "priority": 0,
     }
     return defaults | inherited | asked

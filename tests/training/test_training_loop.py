@@ -252,7 +252,7 @@ def test_a_long_validation_gives_signs_of_life(
     words = list(train(make_spec(validation_file=str(file), n_epochs=1), warm))
     sections = Counter(word.section for word in words if isinstance(word, Working))
     assert sections[Section.SETUP] == 1 + 11 + 20  # its beginning, and each example of both files
-    assert sections[Section.VALIDATION] == 3 * (1 + 1) + 1  # samples of 16 in one pass, and the rest
+    assert sections[Section.VALIDATION] == (1 + 1 + 1) + 3 * (1 + 1) + 1  # samples of 16 in a pass, the rest
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])

@@ -12,7 +12,8 @@ import torch
 
 from worker.chat_template import TokenizedExample
 from worker.training.data import sample_examples
-from worker.training.model import TunedModel
+from worker.training.errors import device_out_of_memory, is_device_out_of_memory
+from worker.training.model import MAX_SHRINKS, TunedModel
 from worker.training.pulse import Pulse
 from worker.training.words import Section, Working
 
@@ -49,6 +50,21 @@ class Validator:
 
 
 def _score(
+    tuned: TunedModel, examples: Sequence[TokenizedExample], pulse: Pulse
+) -> Generator[Working, None, torch.Tensor]:
+    """`_pass`, begun anew in smaller parts where the device has no room."""
+    while True:
+        try:
+            return (yield from _pass(tuned, examples, pulse))
+        except Exception as error:
+            if not is_device_out_of_memory(error):
+                raise
+        # Past the handler: the error's traceback holds the tensors of the failed pass.
+        if tuned.shrinks >= MAX_SHRINKS or not tuned.shrink(examples):
+            raise device_out_of_memory()
+
+
+def _pass(
     tuned: TunedModel, examples: Sequence[TokenizedExample], pulse: Pulse
 ) -> Generator[Working, None, torch.Tensor]:
     """Summed loss, right tokens and labels of `examples`, as a float64 vector of 3."""

@@ -9,6 +9,7 @@ import math
 import threading
 import time
 from collections.abc import Generator, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -25,6 +26,7 @@ from worker.training.data import epoch_batches
 from worker.training.errors import failure_of
 from worker.training.evaluate import Validator
 from worker.training.model import TunedModel, WarmBase, tuned_model
+from worker.training.outcome import finished
 from worker.training.plan import Plan, read_plan
 from worker.training.pulse import Pulse
 from worker.training.record import Record
@@ -32,8 +34,8 @@ from worker.training.resume import Progress, Resume, find_resume, step_of
 from worker.training.state import RandomState, load_optimizer, save_optimizer
 from worker.training.step import Abandoned, StepPlan, train_step
 from worker.training.words import (
+    Baseline,
     CheckpointReady,
-    Finished,
     Metrics,
     Section,
     Started,
@@ -138,6 +140,11 @@ class _Run:
             yield Stopped(step=self._kept)
             return
         yield Started(step=self._kept)
+        try:
+            yield from _until_asked(stop, self._measure_start())
+        except _Asked:
+            yield Stopped(step=self._kept)
+            return
         begun = time.monotonic() - self._progress.elapsed_s
         last = Metrics(step=self._kept)
         for step, batch in self._batches():
@@ -147,7 +154,7 @@ class _Run:
                 yield from self._leave(last)
                 return
             tokens = sum(len(example.ids) for example in batch)
-            progress = self._advance(step, tokens, elapsed_s=time.monotonic() - begun)
+            progress = self._advance(metrics, tokens, elapsed_s=time.monotonic() - begun)
             yield StepDone(
                 metrics=metrics,
                 total_steps=self._plan.total_steps,
@@ -165,7 +172,15 @@ class _Run:
                 return
         if self._agreement is not None:
             yield from self._agreement.check(self._kept)
-        yield Finished(trained_tokens=self._plan.trained_tokens, steps=self._plan.total_steps)
+        yield finished(self._plan, self._progress)
+
+    def _measure_start(self) -> Generator[TrainWord, None, None]:
+        """Before the first step: the loss to beat. A run that goes on has it in its checkpoint."""
+        if self._progress.step or not self._plan.validation.examples:
+            return
+        metrics = Metrics(step=0, **(yield from self._validator.measure(self._tuned, 0, epoch_end=True)))
+        self._progress.base_full_valid_loss = metrics.full_valid_loss
+        yield Baseline(metrics=metrics)
 
     def _leave(self, last: Metrics) -> Iterator[TrainWord]:
         """Keep the steps that are done; the one in progress is as if it had not begun."""
@@ -194,9 +209,12 @@ class _Run:
         measured = yield from self._validator.measure(self._tuned, step, epoch_end=epoch_end)
         return Metrics(step=step, train_loss=loss, train_mean_token_accuracy=accuracy, **measured), rate
 
-    def _advance(self, step: int, tokens: int, *, elapsed_s: float) -> Progress:
-        self._progress = Progress(
-            step=step,
+    def _advance(self, metrics: Metrics, tokens: int, *, elapsed_s: float) -> Progress:
+        is_epoch_end = metrics.step % self._plan.steps_per_epoch == 0
+        self._progress = replace(
+            self._progress,
+            step=metrics.step,
+            full_valid_loss=metrics.full_valid_loss if is_epoch_end else self._progress.full_valid_loss,
             tokens_seen=self._progress.tokens_seen + tokens,
             elapsed_s=elapsed_s,
             max_tokens=self._tuned.max_tokens if self._tuned.shrinks else None,
@@ -222,7 +240,7 @@ class _Run:
 
     def _fill(self, folder: Path, *, metrics: Metrics) -> None:
         self._tuned.save(folder)
-        self._record.write(folder, metrics)
+        self._record.write(folder, metrics, base_loss=self._progress.base_full_valid_loss)
         (folder / TRAINING_STATE).mkdir()
         save_optimizer(folder, self._optimizer, self._tuned.parameters)
         RandomState.take(self._tuned.device).save(folder)

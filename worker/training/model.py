@@ -35,6 +35,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 # Tokens per forward pass. On CPUs more than one example of the default max_length, which must fit anyway, so
 # that rows which share a long prompt come together; 1.35 MB a token, measured for a 135M model in float32.
 _MAX_TOKENS = {"cpu": 3072, "cuda": 16_384}
+MAX_SHRINKS = 4  # each halves the tokens of one pass
 
 
 class WarmBase:

@@ -60,9 +60,10 @@ class Record:
             "versions": {name: _version(name) for name in _LIBRARIES},
         }
 
-    def write(self, folder: Path, metrics: Metrics) -> None:
-        """Keep it in a checkpoint folder."""
-        record = self._fields | {"metrics": metrics.model_dump(exclude_none=True)}
+    def write(self, folder: Path, metrics: Metrics, *, base_loss: float | None) -> None:
+        """Keep it in a checkpoint folder, with the loss on the validation file before training."""
+        results = {"metrics": metrics.model_dump(exclude_none=True), "base_full_valid_loss": base_loss}
+        record = self._fields | results
         (folder / RECORD).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
 
 

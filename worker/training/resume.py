@@ -23,6 +23,8 @@ class Progress:
     elapsed_s: float = 0.0  # of training, without pauses
     max_tokens: int | None = None  # of one pass, where it had to be lowered for lack of memory
     shrinks: int = 0  # how often it was
+    base_full_valid_loss: float | None = None  # before the first step; None: not measured, or not finite
+    full_valid_loss: float | None = None  # at the end of the last whole epoch
 
     def write(self, folder: Path, fingerprint: Fingerprint) -> None:
         """Keep it in a checkpoint folder."""

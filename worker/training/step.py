@@ -13,13 +13,12 @@ from app.core.failures import FailureCode
 from worker.chat_template import TokenizedExample
 from worker.training.data import label_count
 from worker.training.errors import TrainingError, device_out_of_memory, is_device_out_of_memory
-from worker.training.model import TunedModel
+from worker.training.model import MAX_SHRINKS, TunedModel
 from worker.training.pulse import Pulse
 from worker.training.state import RandomState
 from worker.training.words import Log, Section, Working
 
 MAX_GRADIENT_NORM = 1.0
-MAX_SHRINKS = 4  # each halves the tokens of one pass
 
 
 class Abandoned(Exception):

@@ -52,6 +52,7 @@ class TrainSpec(Wire):
     max_length: int = 2048  # tokens; longer examples are cut at the end
     checkpoint_interval: int | None = None  # steps; None: at the end of each epoch only
     checkpoint_every_s: float | None = None  # and whenever so long has passed since the last one
+    require_improvement: bool = True  # fail unless the loss on the validation file fell
     resume_from: tuple[str, ...] = ()  # checkpoint folders to go on from, the newest first
 
 
@@ -98,6 +99,13 @@ class Started(Wire):
 
     word: Literal["started"] = "started"
     step: int = 0
+
+
+class Baseline(Wire):
+    """What the model to start from makes of the validation file, before the first step. Said once a run."""
+
+    word: Literal["baseline"] = "baseline"
+    metrics: Metrics  # of step 0
 
 
 class StepDone(Wire):
@@ -155,10 +163,11 @@ class Finished(Wire):
     word: Literal["finished"] = "finished"
     trained_tokens: int
     steps: int
+    full_valid_loss: float | None = None  # of the tuned model
 
 
 TrainWord = Annotated[
-    Ready | Started | Working | StepDone | CheckpointReady | Log | Stopped | Failed | Finished,
+    Ready | Started | Working | Baseline | StepDone | CheckpointReady | Log | Stopped | Failed | Finished,
     Field(discriminator="word"),
 ]
 TRAIN_WORD: TypeAdapter[TrainWord] = TypeAdapter(TrainWord)

@@ -80,7 +80,7 @@ def job_object(job: Job, outlook: Outlook | None = None) -> JobObject:
         integrations=[],
         metadata=job.user_metadata,
         user_provided_suffix=job.suffix,
-        luthier={"estimate": None}
+        luthier={"estimate": None, "base_full_valid_loss": None, "full_valid_loss": None}
         | job.luthier
         | {
             "attempt": job.attempt,

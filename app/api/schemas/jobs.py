@@ -54,6 +54,7 @@ class LuthierOptions(Body):
     )
     max_length: int | None = Field(default=None, ge=16, le=2**20)
     checkpoint_interval: int | None = Field(default=None, ge=1, le=2**31 - 1)
+    require_improvement: bool | None = None
     priority: int | None = Field(default=None, ge=-100, le=100)
     dry_run: bool | None = None  # of the request, not of the job
 
