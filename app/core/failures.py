@@ -32,6 +32,7 @@ class FailureCode(StrEnum):
     NON_FINITE_LOSS = "non_finite_loss"
     NON_FINITE_ADAPTER = "non_finite_adapter"  # or zero
     SERVING_MISMATCH = "serving_mismatch"  # the engine would answer otherwise than it was trained
+    WRONG_PARAMETERS = "wrong_parameters"  # another number of them than rank and targets ask for
     NO_IMPROVEMENT = "no_improvement"  # on the validation file, over the model it began from
     OUT_OF_MEMORY = "out_of_memory"  # of the device
     HOST_OUT_OF_MEMORY = "host_out_of_memory"
@@ -60,7 +61,7 @@ FAULTS: dict[FailureCode, Fault] = {
         ),
         Fault.USER,
     ),
-    _F.SERVING_MISMATCH: Fault.OPERATOR,
+    **dict.fromkeys((_F.SERVING_MISMATCH, _F.WRONG_PARAMETERS), Fault.OPERATOR),
     _F.OUT_OF_MEMORY: Fault.DEVICE_MEMORY,
     _F.HOST_OUT_OF_MEMORY: Fault.HOST_MEMORY,
     **dict.fromkeys(

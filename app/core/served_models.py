@@ -20,7 +20,7 @@ from app.core.tables import Job, TunedModel
 
 DEFAULT_RANK = 16
 DEFAULT_MAX_LENGTH = 2048  # tokens of one example
-_SHAPE = ("adapter", "rank", "alpha", "target_modules")  # fixed by the model a job goes on from
+_SHAPE = ("adapter", "rank", "alpha", "target_modules")  # of the model a job goes on from
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +83,10 @@ def find_start(session: Session, catalogue: Catalogue, *, project_id: str, name:
 def training_options(start: Start, asked: dict[str, Any]) -> dict[str, Any]:
     """The job's `luthier` object: what was asked, defaults filled in."""
     inherited = {key: start.options[key] for key in _SHAPE} if start.options else {}
-    for key, value in inherited.items():
-        if key in asked and asked[key] != value:
-            raise InvalidRequest(
-                f"luthier.{key} must be {value!r}: a job that goes on from a tuned model keeps its shape.",
-                param=f"luthier.{key}",
-                code="invalid_value",
-            )
+    if inherited:
+        _check_room(inherited, asked)
+        if inherited["rank"] and "rank" in asked:  # at the same scale, alpha / rank
+            inherited["alpha"] = inherited["alpha"] * asked["rank"] / inherited["rank"]
     longest = start.entry.context_length
     if asked.get("max_length", 0) > longest:
         raise InvalidRequest(
@@ -107,6 +104,26 @@ def training_options(start: Start, asked: dict[str, Any]) -> dict[str, Any]:
         "priority": 0,
     }
     return defaults | inherited | asked
+
+
+def _check_room(old: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Refuse what would not hold the tuned adapter, which the new one begins as."""
+    modules, wanted = old["target_modules"], asked.get("target_modules")
+    if asked.get("adapter", old["adapter"]) != old["adapter"]:
+        raise _no_room("adapter", f"must be {old['adapter']!r}")
+    if old["rank"] is not None and asked.get("rank", old["rank"]) < old["rank"]:
+        raise _no_room("rank", f"must be at least {old['rank']}")
+    if old["rank"] is not None and wanted is not None and not set(modules or [""]) <= set(wanted):
+        named = "all linear layers: leave it out" if modules is None else ", ".join(modules)
+        raise _no_room("target_modules", f"must hold {named}")
+
+
+def _no_room(option: str, what: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"luthier.{option} {what}. A job that goes on from a tuned model begins as exactly that model.",
+        param=f"luthier.{option}",
+        code="invalid_value",
+    )
 
 
 def _factors(entry: BaseModelEntry, given: dict[str, Any]) -> dict[str, Any]:

@@ -111,7 +111,7 @@ def test_a_model_is_kept_while_its_job_still_makes_it(house: House) -> None:
         delete(house, model.id)
 
 
-def test_a_job_on_a_tuned_model_keeps_its_shape(house: House) -> None:
+def test_a_job_on_a_tuned_model_has_its_shape_or_one_that_holds_it(house: House) -> None:
     made = house.job(luthier={"adapter": "lora", "rank": 8, "target_modules": ["q_proj"]})
     model = house.model(made)
     job = house.job(model=model.id)
@@ -123,8 +123,17 @@ def test_a_job_on_a_tuned_model_keeps_its_shape(house: House) -> None:
         "target_modules": ["q_proj"],
     }
     assert house.job(model=model.id, luthier={"rank": 8}).luthier["rank"] == 8
-    for wrong in ({"rank": 4}, {"adapter": "qlora"}, {"alpha": 99.0}, {"target_modules": []}):
-        with pytest.raises(InvalidRequest, match="keeps its shape") as caught:
+    wider = house.job(model=model.id, luthier={"rank": 12, "target_modules": ["v_proj", "q_proj"]}).luthier
+    assert (wider["rank"], wider["alpha"], wider["target_modules"]) == (12, 24, ["v_proj", "q_proj"])
+    assert house.job(model=model.id, luthier={"rank": 12, "alpha": 99.0}).luthier["alpha"] == 99.0
+    plain = house.job(luthier={"adapter": "lora", "rank": 8})
+    all_layers = house.model(plain, uid="plain", key="weights/plain").id
+    assert house.job(model=all_layers, luthier={"rank": 9}).luthier["target_modules"] is None
+    with pytest.raises(InvalidRequest, match="must hold all linear layers: leave it out"):
+        house.job(model=all_layers, luthier={"target_modules": ["q_proj"]})
+    house.session.rollback()
+    for wrong in ({"rank": 4}, {"adapter": "qlora"}, {"target_modules": ["v_proj"]}):
+        with pytest.raises(InvalidRequest, match="begins as exactly that model") as caught:
             house.job(model=model.id, luthier=wrong)
         assert caught.value.param == f"luthier.{next(iter(wrong))}"
         house.session.rollback()

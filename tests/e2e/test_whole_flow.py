@@ -76,7 +76,8 @@ def test_a_script_written_for_openai_runs_to_its_end(client: openai.OpenAI) -> N
         "Files validated, moving job to queued state",
         "Fine-tuning job started",
     ]
-    assert events[4].startswith("Step 1/12: training loss=")
+    assert events[4].startswith("Before training: full validation loss=")
+    assert events[5].startswith("Step 1/12: training loss=")
     assert events[-2:] == [
         f"New fine-tuned model created: {job.fine_tuned_model}",
         "The job has successfully completed",

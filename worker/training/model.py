@@ -16,7 +16,6 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
-from transformers.pytorch_utils import Conv1D
 
 from app.core.failures import FailureCode
 from worker.base_model import compute_dtype, load_base_model, load_tokenizer
@@ -26,6 +25,7 @@ from worker.training.data import FlatBatch, flatten, micro_batches
 from worker.training.errors import TrainingError
 from worker.training.lora import speed_up
 from worker.training.loss import Sums, label_log_probabilities, loss_sums
+from worker.training.shape import ADAPTER_WEIGHTS, check_count, chosen_layers, factor_count, put_in
 from worker.training.words import Adapter, TrainSpec
 
 if TYPE_CHECKING:
@@ -172,9 +172,7 @@ class TunedModel:
             return
         # Not PeftModel.save_pretrained: it adds a model card and asks the hub about the vocabulary.
         tensors = get_peft_model_state_dict(self._peft, save_embedding_layers=False)
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()}, dir / "adapter_model.safetensors"
-        )
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, dir / ADAPTER_WEIGHTS)
         config = self._peft.peft_config["default"].to_dict() | {
             "inference_mode": True,
             "base_model_name_or_path": Path(self._spec.base_model_dir).name,  # no path of this machine
@@ -195,11 +193,10 @@ def tuned_model(spec: TrainSpec, warm: WarmBase, *, weights_dir: Path | None = N
         yield TunedModel(_full(start or spec.base_model_dir, warm), None, spec, warm)
         return
     base = warm.take(spec.base_model_dir, quantize_4bit=spec.adapter is Adapter.QLORA)
-    if start is None:
-        _check_target_modules(base, spec.target_modules)
+    asked = factor_count(chosen_layers(base, spec.target_modules), spec.rank)
     peft = None
     try:
-        peft = _with_lora(base, spec, start)
+        peft = _with_lora(base, spec, start=start, asked=asked)
         speed_up(base)
         yield TunedModel(base, peft, spec, warm)
     except BaseException:
@@ -217,33 +214,17 @@ def _full(start: str, warm: WarmBase) -> PreTrainedModel:
     return model.requires_grad_(True)
 
 
-def _with_lora(base: PreTrainedModel, spec: TrainSpec, start: str | None) -> PeftModel:
+def _with_lora(base: PreTrainedModel, spec: TrainSpec, *, start: str | None, asked: int) -> PeftModel:
     with warnings.catch_warnings():
         # peft 0.21 asks transformers 5.23 for an attribute under its old name
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-        if start is None:
-            return get_peft_model(base, _lora_config(spec))
+        peft = cast(PeftModel, get_peft_model(base, _lora_config(spec)))
+    check_count([weight for weight in peft.parameters() if weight.requires_grad], asked)
+    if start is not None:
         if not (Path(start) / ADAPTER_CONFIG).exists():
             raise _wrong_start("a whole model", spec.adapter)
-        config = LoraConfig.from_pretrained(start)
-        config.lora_dropout = spec.dropout  # of this run; rank, alpha and layers are the adapter's shape
-        return PeftModel.from_pretrained(base, start, is_trainable=True, config=config)
-
-
-def _check_target_modules(base: PreTrainedModel, wanted: Sequence[str]) -> None:
-    """Name what peft would refuse without a cure, or pass over in silence beside a name it knows."""
-    head = base.get_output_embeddings()  # type: ignore[no-untyped-call]
-    linear = (torch.nn.Linear, Conv1D)
-    layers = [name for name, m in base.named_modules() if isinstance(m, linear) and m is not head]
-    unknown = [name for name in wanted if not any(f".{layer}".endswith(f".{name}") for layer in layers)]
-    if unknown:
-        known = ", ".join(dict.fromkeys(layer.rpartition(".")[2] for layer in layers))
-        raise TrainingError(
-            FailureCode.INVALID_VALUE,
-            "luthier.target_modules names no linear layer of this model's blocks: "
-            f"{', '.join(map(repr, unknown))}. Its layers are {known}.",
-            param="luthier.target_modules",
-        )
+        put_in(peft, Path(start), spec)
+    return peft
 
 
 def _lora_config(spec: TrainSpec) -> LoraConfig:
