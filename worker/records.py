@@ -139,11 +139,9 @@ def record_log(session: Session, attempt: Attempt, word: Log, *, event_id: str) 
 def record_success(context: Context, session: Session, attempt: Attempt, word: Finished) -> None:
     """The results file, the model's name, and the end of the job, in one transaction."""
     job = attempts.hold(session, attempt)
-    last = session.scalars(
-        select(Checkpoint).where(Checkpoint.job_id == job.id).order_by(Checkpoint.step_number.desc())
-    ).first()
-    assert last is not None, "a finished attempt has published its final checkpoint"
-    key = session.get_one(TunedModel, last.model_id).storage_key
+    named = (Checkpoint.job_id == job.id, Checkpoint.step_number == word.step)
+    made = session.scalars(select(Checkpoint).where(*named)).one()
+    key = session.get_one(TunedModel, made.model_id).storage_key
     name = served_models.new_model_name(job, organization_slug=_slug(session, job))
     model = served_models.add_model(session, job, name=name, storage_key=key, is_checkpoint=False)
     result_file = _add_results(context, session, job)
@@ -183,11 +181,13 @@ def _drop_old_checkpoints(session: Session, job_id: str, *, keep: int) -> None:
         .order_by(Checkpoint.step_number.desc())
         .offset(keep)
     )
+    best = events.find_best_checkpoint(session, job_id=job_id)
     # Another job may go on from one; while it is being created it holds a lock, and the next look will do.
     locked = select(TunedModel).where(TunedModel.id.in_(past)).with_for_update(skip_locked=True)
     for model in session.scalars(locked).all():
         needs = select(Job.id).where(Job.model == model.id, Job.status.not_in(FINAL))
-        if session.scalar(needs.limit(1)) is None:
+        is_best = best is not None and best.model_id == model.id
+        if not is_best and session.scalar(needs.limit(1)) is None:
             model.deleted_at = utc_now()
     session.flush()
 

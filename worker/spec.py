@@ -13,7 +13,14 @@ from worker.inputs import JobInputError, find_input
 from worker.records import attempt_folder
 from worker.training.words import TrainSpec
 
-_FACTORS = ("rank", "alpha", "dropout", "target_modules")
+_FACTORS = ("rank", "alpha", "use_rslora", "dropout", "target_modules")
+_COURSE = (
+    "lr_scheduler_type",
+    "warmup_ratio",
+    "max_grad_norm",
+    "early_stopping_patience",
+    "require_improvement",
+)
 
 
 def make_spec(context: Context, session: Session, job: Job) -> TrainSpec:
@@ -39,7 +46,7 @@ def make_spec(context: Context, session: Session, job: Job) -> TrainSpec:
         start_from_dir=_start_from(context, session, job),
         output_dir=str(attempt_folder(context, job.id, job.attempt)),
         adapter=options["adapter"],
-        **{name: options[name] for name in _FACTORS if options[name] is not None},
+        **{name: options[name] for name in (*_FACTORS, *_COURSE) if options.get(name) is not None},
         n_epochs=numbers["n_epochs"],
         batch_size=numbers["batch_size"],
         learning_rate=hyperparameters.learning_rate(
@@ -51,7 +58,6 @@ def make_spec(context: Context, session: Session, job: Job) -> TrainSpec:
         max_length=options["max_length"],
         max_line_bytes=context.settings.max_line_bytes,
         checkpoint_interval=options["checkpoint_interval"],
-        require_improvement=options.get("require_improvement", True),
         checkpoint_every_s=context.settings.checkpoint_every_s,
         resume_from=tuple(str(context.storage.path(key)) for key in resume_keys(session, job.id)),
     )

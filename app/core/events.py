@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import func, select, text
+from sqlalchemy import Select, func, select, text
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
@@ -71,9 +71,20 @@ def list_metrics(session: Session, *, job_id: str) -> list[dict[str, Any]]:
 
 def list_checkpoints(session: Session, *, job_id: str, cursor: Cursor) -> Page[Checkpoint]:
     """Kept checkpoints of a job, newest first; one whose model its owner deleted is gone too."""
-    query = (
+    query = _kept(job_id)
+    return read_page(session, query, keys=(Checkpoint.step_number, Checkpoint.id), cursor=cursor)
+
+
+def find_best_checkpoint(session: Session, *, job_id: str) -> Checkpoint | None:
+    """The kept one with the lowest loss on the whole validation file, the first of equals."""
+    loss = Checkpoint.metrics["full_valid_loss"].as_float()
+    query = _kept(job_id).where(loss.is_not(None)).order_by(loss, Checkpoint.step_number)
+    return session.scalar(query.limit(1))
+
+
+def _kept(job_id: str) -> Select[Checkpoint]:
+    return (
         select(Checkpoint)
         .join(TunedModel, TunedModel.id == Checkpoint.model_id)
         .where(Checkpoint.job_id == job_id, TunedModel.deleted_at.is_(None))
     )
-    return read_page(session, query, keys=(Checkpoint.step_number, Checkpoint.id), cursor=cursor)

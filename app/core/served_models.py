@@ -20,7 +20,7 @@ from app.core.tables import Job, TunedModel
 
 DEFAULT_RANK = 16
 DEFAULT_MAX_LENGTH = 2048  # tokens of one example
-_SHAPE = ("adapter", "rank", "alpha", "target_modules")  # of the model a job goes on from
+_SHAPE = ("adapter", "rank", "alpha", "use_rslora", "target_modules")  # of the model a job goes on from
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +82,12 @@ def find_start(session: Session, catalogue: Catalogue, *, project_id: str, name:
 
 def training_options(start: Start, asked: dict[str, Any]) -> dict[str, Any]:
     """The job's `luthier` object: what was asked, defaults filled in."""
-    inherited = {key: start.options[key] for key in _SHAPE} if start.options else {}
+    inherited = {key: start.options.get(key) for key in _SHAPE} if start.options else {}
     if inherited:
         _check_room(inherited, asked)
         if inherited["rank"] and "rank" in asked:  # at the same scale, alpha / rank
-            inherited["alpha"] = inherited["alpha"] * asked["rank"] / inherited["rank"]
+            more = asked["rank"] / inherited["rank"]
+            inherited["alpha"] *= more**0.5 if inherited["use_rslora"] else more
     longest = start.entry.context_length
     if asked.get("max_length", 0) > longest:
         raise InvalidRequest(
@@ -100,6 +101,10 @@ def training_options(start: Start, asked: dict[str, Any]) -> dict[str, Any]:
         "adapter": adapter,
         "max_length": min(DEFAULT_MAX_LENGTH, longest),
         "checkpoint_interval": None,
+        "lr_scheduler_type": "linear",
+        "warmup_ratio": 0.05,
+        "max_grad_norm": 1.0,
+        "early_stopping_patience": None,
         "require_improvement": True,
         "priority": 0,
     }
@@ -129,12 +134,12 @@ def _no_room(option: str, what: str) -> InvalidRequest:
 def _factors(entry: BaseModelEntry, given: dict[str, Any]) -> dict[str, Any]:
     rank = given.get("rank", DEFAULT_RANK)
     modules = list(entry.target_modules) or None  # None: all linear layers of the blocks
-    return {"rank": rank, "alpha": 2 * rank, "dropout": 0.0, "target_modules": modules}
+    return {"rank": rank, "alpha": 2 * rank, "use_rslora": False, "dropout": 0.0, "target_modules": modules}
 
 
 def _no_factors(asked: dict[str, Any]) -> dict[str, Any]:
     """What only LoRA has, as null; asking for it beside `full` is a mistake."""
-    names = ("rank", "alpha", "dropout", "target_modules")
+    names = ("rank", "alpha", "use_rslora", "dropout", "target_modules")
     for name in names:
         if asked.get(name) is not None:
             raise InvalidRequest(

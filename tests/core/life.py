@@ -249,7 +249,7 @@ class World:
             raise
 
     def finish(self, attempt: Attempt) -> None:
-        word = Finished(trained_tokens=24, steps=TOTAL_STEPS)
+        word = Finished(trained_tokens=24, steps=TOTAL_STEPS, step=TOTAL_STEPS)
         with transaction(self.sessions) as session:
             records.record_success(self.context, session, attempt, word)
 

@@ -51,6 +51,19 @@ def test_a_job_ends_after_the_engine_gave_its_answers_the_same_log_probabilities
     assert nats(words) < 1e-5
 
 
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_the_engine_takes_the_scale_of_the_adapter_also_where_it_goes_on_in_a_wider_shape(
+    make_spec: MakeSpec, warm: WarmBase, tmp_path: Path, use_rslora: bool
+) -> None:
+    fields: dict[str, Any] = {"adapter": "lora", "learning_rate": 0.1, "alpha": 12.0}
+    words = told(train(make_spec(use_rslora=True, **fields), warm, server=AnswerScorer))
+    assert nats(words) < 1e-5
+    start = [word.dir for word in words if isinstance(word, CheckpointReady)][-1]
+    changes = {"start_from_dir": start, "output_dir": str(tmp_path / "more"), "rank": 7}
+    spec = make_spec(**(fields | changes), use_rslora=use_rslora)
+    assert nats(told(train(spec, warm, server=AnswerScorer))) < 1e-5
+
+
 def test_rounded_to_bfloat16_both_sides_still_agree(make_spec: MakeSpec) -> None:
     words = told(train(make_spec(), WarmBase(CPU, torch.bfloat16), server=AnswerScorer))
     assert isinstance(words[-1], Finished)

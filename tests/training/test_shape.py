@@ -78,8 +78,9 @@ def test_another_number_of_parameters_than_asked_for_is_refused() -> None:
         {"target_modules": ("q_proj", "v_proj"), "alpha": 12.0},
         {"target_modules": ("v_proj", "q_proj"), "rank": 9, "alpha": 27.0},
         {"rank": 6, "alpha": 5.0},
+        {"rank": 6, "use_rslora": True},
     ],
-    ids=["the same shape", "a higher rank", "more layers, another scale"],
+    ids=["the same shape", "a higher rank", "more layers, another scale", "scaled by the root of the rank"],
 )
 def test_a_model_goes_on_as_exactly_what_it_was(
     make_spec: MakeSpec, warm: WarmBase, tiny_dir: Path, start: str, changes: dict[str, object]

@@ -22,7 +22,7 @@ from tests.training.conftest import CPU, told
 from worker.base_model import load_base_model, load_tokenizer
 from worker.training import pulse
 from worker.training.errors import failure_of
-from worker.training.loop import learning_rate_at, train
+from worker.training.loop import train
 from worker.training.model import WarmBase, tuned_model
 from worker.training.record import RECORD
 from worker.training.words import (
@@ -306,15 +306,6 @@ def test_a_file_without_trainable_tokens_fails_before_the_model_is_touched(
     (failed,) = told(train(make_spec(max_length=3), warm))
     assert isinstance(failed, Failed)
     assert failed.code == "no_trainable_tokens"
-
-
-def test_the_learning_rate_rises_to_its_peak_and_falls_towards_nothing() -> None:
-    rates = [learning_rate_at(step, 100, 1.0) for step in range(1, 101)]
-    assert max(rates) == rates[4] == 1.0
-    assert rates[:5] == sorted(rates[:5])
-    assert rates[5:] == sorted(rates[5:], reverse=True)
-    assert 0 < rates[-1] < 0.02
-    assert learning_rate_at(1, 1, 1.0) == 1.0
 
 
 @pytest.mark.parametrize("adapter", list(Adapter))

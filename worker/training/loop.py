@@ -26,11 +26,12 @@ from worker.training.data import epoch_batches
 from worker.training.errors import failure_of
 from worker.training.evaluate import Validator
 from worker.training.model import TunedModel, WarmBase, tuned_model
-from worker.training.outcome import finished
+from worker.training.outcome import at_epoch_end, finished, is_over
 from worker.training.plan import Plan, read_plan
 from worker.training.pulse import Pulse
 from worker.training.record import Record
 from worker.training.resume import Progress, Resume, find_resume, step_of
+from worker.training.schedule import learning_rate_at
 from worker.training.state import RandomState, load_optimizer, save_optimizer
 from worker.training.step import Abandoned, StepPlan, train_step
 from worker.training.words import (
@@ -45,7 +46,6 @@ from worker.training.words import (
     TrainWord,
 )
 
-WARMUP_SHARE = 0.05  # of all steps: Adam's second moments are noise at first
 WEIGHT_DECAY = 0.0  # runs are short, and a LoRA factor that decays pulls back to the base, not to nothing
 T = TypeVar("T")
 
@@ -167,12 +167,12 @@ class _Run:
             last = metrics
             if stop.is_set() or self._is_checkpoint_due(step):
                 yield from self._keep(metrics)
-            if stop.is_set() and self._kept == step < self._plan.total_steps:
+            if stop.is_set() and self._kept == step and not is_over(self._plan, self._progress):
                 yield Stopped(step=step)
                 return
         if self._agreement is not None:
             yield from self._agreement.check(self._kept)
-        yield finished(self._plan, self._progress)
+        yield from finished(self._plan, self._progress)
 
     def _measure_start(self) -> Generator[TrainWord, None, None]:
         """Before the first step: the loss to beat. A run that goes on has it in its checkpoint."""
@@ -196,30 +196,32 @@ class _Run:
                 self._plan.training.examples, self._spec.batch_size, seed=self._spec.seed, epoch=epoch
             )
             for batch in islice(batches, step % per_epoch, None):
+                if is_over(self._plan, self._progress):
+                    return
                 step += 1
                 yield step, batch
 
     def _step(
         self, step: int, batch: list[TokenizedExample], stop: threading.Event
     ) -> Generator[TrainWord, None, tuple[Metrics, float]]:
-        rate = learning_rate_at(step, self._plan.total_steps, self._spec.learning_rate)
-        plan = StepPlan(step=step, rate=rate, stop=stop)
+        rate = learning_rate_at(step, self._plan.total_steps, self._spec)
+        plan = StepPlan(step=step, rate=rate, max_norm=self._spec.max_grad_norm, stop=stop)
         loss, accuracy = yield from train_step(self._tuned, self._optimizer, batch, plan)
         epoch_end = step % self._plan.steps_per_epoch == 0
         measured = yield from self._validator.measure(self._tuned, step, epoch_end=epoch_end)
         return Metrics(step=step, train_loss=loss, train_mean_token_accuracy=accuracy, **measured), rate
 
     def _advance(self, metrics: Metrics, tokens: int, *, elapsed_s: float) -> Progress:
-        is_epoch_end = metrics.step % self._plan.steps_per_epoch == 0
         self._progress = replace(
             self._progress,
             step=metrics.step,
-            full_valid_loss=metrics.full_valid_loss if is_epoch_end else self._progress.full_valid_loss,
             tokens_seen=self._progress.tokens_seen + tokens,
             elapsed_s=elapsed_s,
             max_tokens=self._tuned.max_tokens if self._tuned.shrinks else None,
             shrinks=self._tuned.shrinks,
         )
+        if metrics.step % self._plan.steps_per_epoch == 0:
+            self._progress = at_epoch_end(self._progress, metrics)
         return self._progress
 
     def _is_checkpoint_due(self, step: int) -> bool:
@@ -245,17 +247,6 @@ class _Run:
         save_optimizer(folder, self._optimizer, self._tuned.parameters)
         RandomState.take(self._tuned.device).save(folder)
         self._progress.write(folder, self._plan.fingerprint)
-
-
-def learning_rate_at(step: int, total_steps: int, peak: float) -> float:
-    """Linear warm-up over the first 5 % of steps, then linear decay that would reach 0 one step past the end.
-
-    `step` counts from 1. Linear decay: Defazio et al. 2023, "When, Why and How Much?".
-    """
-    warmup = max(1, round(WARMUP_SHARE * total_steps))
-    rising = step / warmup
-    falling = (total_steps + 1 - step) / (total_steps + 1 - warmup)
-    return peak * min(rising, falling)
 
 
 def _optimizer(parameters: list[torch.nn.Parameter], rate: float) -> torch.optim.AdamW:

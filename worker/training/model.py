@@ -232,6 +232,7 @@ def _lora_config(spec: TrainSpec) -> LoraConfig:
         task_type="CAUSAL_LM",
         r=spec.rank,
         lora_alpha=cast(int, spec.alpha),  # a float is as good: it is only divided by the rank
+        use_rslora=spec.use_rslora,
         lora_dropout=spec.dropout,
         target_modules=list(spec.target_modules) or "all-linear",
     )

@@ -25,6 +25,8 @@ class Progress:
     shrinks: int = 0  # how often it was
     base_full_valid_loss: float | None = None  # before the first step; None: not measured, or not finite
     full_valid_loss: float | None = None  # at the end of the last whole epoch
+    best_full_valid_loss: float | None = None  # of all epochs
+    best_step: int | None = None  # the epoch's end it was measured at
 
     def write(self, folder: Path, fingerprint: Fingerprint) -> None:
         """Keep it in a checkpoint folder."""

@@ -6,6 +6,7 @@ Knows no data and no checkpoints.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -99,7 +100,7 @@ def put_in(peft: PeftModel, folder: Path, spec: TrainSpec) -> None:
         raise _too_narrow("rank", f"{spec.rank} is less than {config.r}, the rank")
     if not theirs <= layers.keys():
         raise _too_narrow("target_modules", "names fewer layers than those")
-    scale = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
+    scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
     with torch.no_grad():
         for name in sorted(theirs):
             layer = layers[name]

@@ -18,8 +18,6 @@ from worker.training.pulse import Pulse
 from worker.training.state import RandomState
 from worker.training.words import Log, Section, Working
 
-MAX_GRADIENT_NORM = 1.0
-
 
 class Abandoned(Exception):
     """Asked to stop in the middle of a step: model, optimizer and random numbers are as before it."""
@@ -27,10 +25,11 @@ class Abandoned(Exception):
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """Which step it is, its learning rate, and the request to leave it."""
+    """Which step it is, its learning rate, the gradient's longest norm, and the request to leave it."""
 
     step: int
     rate: float
+    max_norm: float
     stop: threading.Event
 
 
@@ -43,7 +42,7 @@ def train_step(
     split to fit into memory, so a batch's gradient does not depend on the machine.
     """
     loss, accuracy = yield from _fitting_backward(tuned, batch, plan)
-    norm = torch.nn.utils.clip_grad_norm_(tuned.parameters, MAX_GRADIENT_NORM)
+    norm = torch.nn.utils.clip_grad_norm_(tuned.parameters, plan.max_norm)
     if not (math.isfinite(loss) and math.isfinite(norm.item())):
         raise TrainingError(
             FailureCode.NON_FINITE_LOSS,

@@ -28,6 +28,14 @@ class Adapter(StrEnum):
     FULL = "full"
 
 
+class Schedule(StrEnum):
+    """What the learning rate does after its warm-up."""
+
+    LINEAR = "linear"
+    COSINE = "cosine"
+    CONSTANT = "constant"
+
+
 class TrainSpec(Wire):
     """One attempt at one job. Paths are folders and files on this machine; numbers are resolved."""
 
@@ -43,11 +51,16 @@ class TrainSpec(Wire):
     adapter: Adapter = Adapter.QLORA
     rank: int = 16
     alpha: float = 32.0
+    use_rslora: bool = False  # scale factors by alpha / sqrt(rank), not alpha / rank
     dropout: float = 0.0
     target_modules: tuple[str, ...] = ()  # empty: all linear layers of the blocks
     n_epochs: int = 3
     batch_size: int = 4
-    learning_rate: float = 2e-4
+    learning_rate: float = 2e-4  # at its peak
+    lr_scheduler_type: Schedule = Schedule.LINEAR
+    warmup_ratio: float = 0.05  # of all steps
+    max_grad_norm: float = 1.0  # longer gradients are shortened to this norm
+    early_stopping_patience: int | None = None  # epochs without a better full validation loss
     seed: int = 0
     max_length: int = 2048  # tokens; longer examples are cut at the end
     checkpoint_interval: int | None = None  # steps; None: at the end of each epoch only
@@ -158,11 +171,12 @@ class Failed(Wire):
 
 
 class Finished(Wire):
-    """The attempt is complete; the last checkpoint is the tuned model."""
+    """The attempt is complete."""
 
     word: Literal["finished"] = "finished"
     trained_tokens: int
-    steps: int
+    steps: int  # that were trained
+    step: int  # of the checkpoint that is the tuned model
     full_valid_loss: float | None = None  # of the tuned model
 
 

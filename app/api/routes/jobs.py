@@ -99,4 +99,6 @@ def list_checkpoints(
     """List the kept checkpoints of a job, newest first."""
     job = jobs.get_job(desk.session, project_id=desk.project_id, job_id=job_id)
     page = events.list_checkpoints(desk.session, job_id=job.id, cursor=query.cursor())
-    return list_object([checkpoint_object(row) for row in page.data], has_more=page.has_more)
+    best = events.find_best_checkpoint(desk.session, job_id=job.id)
+    found = [checkpoint_object(row, is_best=row is best) for row in page.data]
+    return list_object(found, has_more=page.has_more)

@@ -55,6 +55,7 @@ class CheckpointObject(ListItem):
     fine_tuned_model_checkpoint: str
     step_number: int
     metrics: dict[str, Any]
+    luthier: dict[str, Any]
 
 
 def job_object(job: Job, outlook: Outlook | None = None) -> JobObject:
@@ -105,7 +106,7 @@ def event_object(event: JobEvent) -> EventObject:
     )
 
 
-def checkpoint_object(checkpoint: Checkpoint) -> CheckpointObject:
+def checkpoint_object(checkpoint: Checkpoint, *, is_best: bool) -> CheckpointObject:
     """A row as the client sees it."""
     return CheckpointObject(
         id=checkpoint.id,
@@ -114,6 +115,7 @@ def checkpoint_object(checkpoint: Checkpoint) -> CheckpointObject:
         fine_tuned_model_checkpoint=checkpoint.model_id,
         step_number=checkpoint.step_number,
         metrics=checkpoint.metrics,
+        luthier={"best": is_best},
     )
 
 

@@ -48,12 +48,17 @@ class LuthierOptions(Body):
     adapter: Literal["qlora", "lora", "full"] | None = None
     rank: int | None = Field(default=None, ge=1, le=256)
     alpha: float | None = Field(default=None, gt=0.0, le=65_536.0, allow_inf_nan=False)
+    use_rslora: bool | None = None
     dropout: float | None = Field(default=None, ge=0.0, lt=1.0, allow_inf_nan=False)
     target_modules: list[Annotated[Name, Field(pattern=r"^[A-Za-z0-9_.]{1,128}$")]] | None = Field(
         default=None, min_length=1, max_length=64
     )
     max_length: int | None = Field(default=None, ge=16, le=2**20)
     checkpoint_interval: int | None = Field(default=None, ge=1, le=2**31 - 1)
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] | None = None
+    warmup_ratio: float | None = Field(default=None, ge=0.0, le=1.0, allow_inf_nan=False)
+    max_grad_norm: float | None = Field(default=None, gt=0.0, le=1_000_000.0, allow_inf_nan=False)
+    early_stopping_patience: int | None = Field(default=None, ge=1, le=50)
     require_improvement: bool | None = None
     priority: int | None = Field(default=None, ge=-100, le=100)
     dry_run: bool | None = None  # of the request, not of the job
@@ -86,6 +91,7 @@ class CreateJob(Body):
         """The job as core creates it."""
         self._refuse_other_methods()
         self._refuse_integrations()
+        self._refuse_blind_stopping()
         return NewJob(
             model=self.model,
             training_file=self.training_file,
@@ -129,6 +135,15 @@ class CreateJob(Body):
             code="invalid_value",
             param=param,
         )
+
+    def _refuse_blind_stopping(self) -> None:
+        if self.validation_file is None and self.luthier and self.luthier.early_stopping_patience:
+            raise InvalidRequest(
+                "luthier.early_stopping_patience counts epochs without a better validation loss; give a "
+                "validation_file, or leave it out.",
+                code="invalid_value",
+                param="luthier.early_stopping_patience",
+            )
 
     def _refuse_integrations(self) -> None:
         if not self.integrations:
