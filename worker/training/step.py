@@ -25,12 +25,12 @@ class Abandoned(Exception):
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """Which step it is, its learning rate, the gradient's longest norm, and the request to leave it."""
+    """Which step it is, its learning rate, the request to leave it, the norm to which gradients are cut."""
 
     step: int
     rate: float
-    max_norm: float
     stop: threading.Event
+    max_norm: float = 1.0
 
 
 def train_step(
