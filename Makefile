@@ -53,8 +53,10 @@ clients: $(VENV)/dev.stamp ## run the whole flow with older releases of the offi
 bench-flow: $(VENV)/run.stamp ## measure how long a user waits at the seams of a job; ARGS='--runs 5'
 	$(VENV)/bin/python benchmarks/flow.py --data-dir build/bench-flow $(ARGS)
 
-bench-serve: $(VENV)/dev.stamp $(WEIGHTS) ## measure the engine beside plain peft; ARGS='--runs 5'
+bench-serve: $(VENV)/dev.stamp $(WEIGHTS) ## measure answers, alone and beside peers; ARGS='s1 --peers peft llama'
 	PYTHONPATH=. OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(VENV)/bin/python benchmarks/serve.py $(ARGS)
+
+bench-peers: $(PEERS)/serve_llama.stamp $(PEERS)/serve_transformers.stamp $(PEERS)/serve_vllm.stamp ## install what bench-serve compares with
 
 bench-train: $(VENV)/run.stamp $(WEIGHTS) $(PEERS)/train.stamp ## measure training against TRL; ARGS='b1 --rows 32 --epochs 1'
 	PYTHONPATH=. $(VENV)/bin/python benchmarks/train.py --model-dir $(dir $(WEIGHTS)) --peer-python $(PEERS)/train/bin/python $(ARGS)
@@ -68,7 +70,7 @@ migration: $(VENV)/dev.stamp ## draft a migration from the change in the tables;
 clean: ## remove the environment and what tools left; data stays
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 
-.PHONY: help demo up setup check fmt test chaos chaos-all soak bare clients bench-flow bench-serve bench-train bench-memory migration clean
+.PHONY: help demo up setup check fmt test chaos chaos-all soak bare clients bench-flow bench-serve bench-peers bench-train bench-memory migration clean
 
 # A stamp is as old as the installation it stands for.
 $(VENV)/run.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
@@ -82,6 +84,11 @@ $(VENV)/dev.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(PEERS)/train.stamp: benchmarks/train_peer.txt | $(VENV)/bin/python
 	@$(RUN) venv --clear $(PEERS)/train
 	@$(PEERS)/train/bin/python -m pip --disable-pip-version-check install --no-input -q -r benchmarks/train_peer.txt
+	@touch $@
+
+$(PEERS)/serve_%.stamp: benchmarks/serve_%.txt | $(VENV)/bin/python
+	@$(RUN) venv --clear $(PEERS)/serve_$*
+	@$(PEERS)/serve_$*/bin/python -m pip --disable-pip-version-check install --no-input -q -r $<
 	@touch $@
 
 # The tests contact nothing but this machine, so the weights of the built-in model are there before them.

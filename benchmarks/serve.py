@@ -1,254 +1,307 @@
-"""How fast mixed adapters are answered: `make bench-serve` on an otherwise idle machine.
+"""How fast mixed adapters are answered: `make bench-serve ARGS='s1 --peers llama'` on an idle machine.
 
-The engine alone against peft's `generate(adapter_names=…)`, in turn, in one run, same weights, same prompts:
-S1 (streams on 1, 8 and 32 adapters), S2 (one stream), S3 (a new adapter while others run). Random adapters of
-the real model; greedy; ends of text are ignored. What API and broker add is not measured here.
+S1: 32 streams on 1, 8 and 32 adapters. S2: one stream. S3: a job succeeds while 16 streams run. S4: what API
+and broker add to the engine. S5: a shared beginning of all prompts. S6: memory over minutes of random load.
+`adapters`: 500 of them in storage, 64 in memory. Ours is the whole API in exact float32 unless a
+line says otherwise; peers run one after the other in the same call, each alone on the machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import io
 import json
 import random
-import resource
 import statistics
-import tempfile
-import threading
 import time
-import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
-import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+import openai
 
-from app.core.completions import CompletionRequest, Failed, Sampling, TunedWeights, WeightsKind, Word
-from app.core.manifest import write_manifest
-from worker.base_model import load_base_model, load_tokenizer
-from worker.serving.engine import Engine, EngineLimits
+from benchmarks import serve_engine as alone
+from benchmarks import serve_sides as sides
+from benchmarks.serve_sides import Side
+from benchmarks.streams import Answer, ask, ask_all, body, figures, message, share, show
 
-CPU = torch.device("cpu")
-RANK = 16
-HELD_BACK = 1  # adapters the engine has not heard of before S3
-
-
-class Stream:
-    """One request's clock: when its words came."""
-
-    def __init__(self) -> None:
-        self.began = time.monotonic()
-        self.times: list[float] = []
-        self.tokens = 0
-        self.done = threading.Event()
-
-    def __call__(self, words: list[Word]) -> None:
-        now = time.monotonic()
-        for word in words:
-            if isinstance(word, Failed):
-                raise SystemExit(word.message)
-            if word.word == "delta":
-                self.times.append(now)
-            else:
-                self.tokens = word.completion_tokens
-                self.done.set()
-
-    @property
-    def first_s(self) -> float:
-        return self.times[0] - self.began
-
-    @property
-    def gaps_s(self) -> list[float]:
-        return [late - early for early, late in zip(self.times, self.times[1:], strict=False)]
+BUILD = Path("build/bench-serve")
+PEERS = Path("build/peers")
+STEADY_S = 2.0  # streams run so long before something is measured beside them
+POLL_S = 0.02
 
 
 class Bench:
-    """The real model, random adapters in folders, prompts of an exact length."""
+    """The model, its random adapters, and what was asked for on the command line."""
 
-    def __init__(self, model_dir: Path, folder: Path, options: argparse.Namespace) -> None:
-        self.model_dir, self.options = model_dir, options
-        self.tokenizer = load_tokenizer(model_dir)
-        count = max(options.adapters) + HELD_BACK
-        self.adapters = [self._make_adapter(folder / f"a{number}", number) for number in range(count)]
-        self._words = [
-            f" {word}"
-            for word in ["order", "kettle", "refund", "parcel", "invoice", "garden", "lamp", "street"]
-        ]
-        self.count = 0
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.model_dir: Path = options.model.absolute()
+        self.adapters = alone.make_adapters(BUILD / "adapters", self.model_dir, max(options.adapters))
 
-    def request(self, tuned: TunedWeights | None, *, prompt: int, tokens: int) -> CompletionRequest:
-        """A request whose rendered prompt has about `prompt` tokens."""
-        self.count += 1
-        choose = random.Random(self.count)
-        text = "".join(choose.choices(self._words, k=max(1, prompt - 40)))
-        return CompletionRequest(
-            id=f"bench-{self.count}",
-            project_id="bench",
-            base_model="bench",
-            tuned=tuned,
-            messages=[{"role": "user", "content": text}],
-            sampling=Sampling(max_tokens=tokens, temperature=0.0, ignore_eos=True),
-            reply_to="",
-            expires_at=time.time() + 3600,
-        )
+    def ours(self, **settings: str) -> AbstractContextManager[Side]:
+        """The whole API with all adapters in memory."""
+        chosen = {"inference_dtype": "float32", "max_batch": "64", "kv_cache_mb": "3000", **settings}
+        return sides.ours(BUILD / "data", self.adapters, self.model_dir, **chosen)
 
-    def prompt_ids(self, request: CompletionRequest) -> list[int]:
-        """As the engine renders it."""
-        ids: Any = self.tokenizer.apply_chat_template(
-            request.messages, add_generation_prompt=True, return_dict=False
-        )
-        return list(ids)
+    def peers(self) -> Iterator[tuple[str, Callable[[int], AbstractContextManager[Side]]]]:
+        """Name, and what starts it with so many adapters."""
+        starts = {
+            "llama": lambda count: sides.llama(
+                PEERS / "serve_llama/bin/python",
+                self.model_dir,
+                self.adapters[:count],
+                folder=BUILD / "gguf",
+                streams=self.options.streams,
+            ),
+            "transformers": lambda _count: sides.transformers(
+                PEERS / "serve_transformers/bin/python", self.model_dir
+            ),
+            "vllm": lambda count: sides.vllm(
+                PEERS / "serve_vllm/bin/python", self.model_dir, self.adapters[:count]
+            ),
+        }
+        return ((name, starts[name]) for name in self.options.peers if name in starts)
 
-    def _make_adapter(self, folder: Path, seed: int) -> TunedWeights:
-        base = load_base_model(self.model_dir, quantize_4bit=False, device=CPU, dtype=torch.float32)
-        config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear")
-        model = get_peft_model(base, config)
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "lora_B" in name:
-                    parameter.normal_(std=0.02, generator=generator)
-        model.save_pretrained(str(folder))
-        write_manifest(folder)
-        return TunedWeights(id=folder.name, kind=WeightsKind.LORA, path=str(folder))
+    def streams(self, side: Side, count: int, streams: int, *, prompt: int, tokens: int) -> list[Answer]:
+        """So many at once over `count` adapters (0: the base)."""
+        requests = []
+        for number in range(streams):
+            more = side.body(number % count if count else None)
+            if side.name == "transformers serve":
+                more |= sides.endless(tokens)
+            requests.append(body(side.endpoint, message(number, prompt), tokens, **more))
+        return asyncio.run(ask_all(side.endpoint, requests))
 
 
-def run_engine(engine: Engine, bench: Bench, count: int, *, streams: int) -> dict[str, float]:
-    """S1 or S2 once: all streams opened together."""
+def s1(bench: Bench) -> None:
+    """Streams over 1, 8 and 32 adapters; a peer without adapters answers as the base."""
     options = bench.options
-    before_s = time.process_time()
-    listeners = []
-    began = time.monotonic()
-    for number in range(streams):
-        tuned = bench.adapters[number % count] if count else None
-        listener = Stream()
-        engine.submit(bench.request(tuned, prompt=options.prompt, tokens=options.tokens), listener)
-        listeners.append(listener)
-    for listener in listeners:
-        listener.done.wait()
-    wall_s = time.monotonic() - began
-    made = sum(listener.tokens for listener in listeners)
-    gaps = sorted(gap for listener in listeners for gap in listener.gaps_s)
-    firsts = sorted(listener.first_s for listener in listeners)
-    return {
-        "tokens_per_s": made / wall_s,
-        "tokens_per_cpu_s": made / (time.process_time() - before_s),
-        "first_p50_s": firsts[len(firsts) // 2],
-        "first_p95_s": firsts[int(len(firsts) * 0.95)],
-        "gap_p50_ms": 1000 * gaps[len(gaps) // 2],
-        "gap_p95_ms": 1000 * gaps[int(len(gaps) * 0.95)],
-    }
+    work = {"prompt": options.prompt, "tokens": options.tokens}
+    with bench.ours() as side:
+        bench.streams(side, max(options.adapters), options.streams, prompt=4, tokens=2)  # all in memory
+        for _ in range(options.runs):
+            for count in options.adapters:
+                answers = bench.streams(side, count, options.streams, **work)
+                show("S1", side.name, f"{count} adapters", figures(answers))
+    for name, start in bench.peers():
+        with start(max(options.adapters)) as side:
+            bench.streams(side, 0, 1, prompt=4, tokens=2)
+            for count in [0] if name == "transformers" else options.adapters:
+                answers = bench.streams(side, count, options.streams, **work)
+                show("S1", side.name, f"{count} adapters" if count else "base", figures(answers))
+    if "peft" in options.peers:
+        for count in options.adapters:
+            rate = alone.run_peft(
+                bench.model_dir,
+                bench.adapters[:count],
+                streams=options.streams,
+                prompt=options.prompt,
+                tokens=options.peft_tokens,
+            )
+            show("S1", "peft generate", f"{count} adapters", {"tokens_per_s": rate})
 
 
-def run_peft(model: PeftModel, bench: Bench, count: int, *, streams: int) -> dict[str, float]:
-    """The same work as one static batch; nothing can join it."""
-    options = bench.options
-    requests = [bench.request(None, prompt=options.prompt, tokens=options.tokens) for _ in range(streams)]
-    prompts = [bench.prompt_ids(request) for request in requests]
-    shortest = min(len(ids) for ids in prompts)
-    ids_BT = torch.tensor([ids[:shortest] for ids in prompts])
-    names = [f"a{number % count}" for number in range(streams)]
-    before_s, began = time.process_time(), time.monotonic()
-    with torch.inference_mode():
-        model.generate(  # type: ignore[no-untyped-call]
-            input_ids=ids_BT,
-            attention_mask=torch.ones_like(ids_BT),
-            adapter_names=names,
-            do_sample=False,
-            min_new_tokens=options.peft_tokens,
-            max_new_tokens=options.peft_tokens,
-        )
-    made = streams * options.peft_tokens
-    cpu_s = time.process_time() - before_s
-    return {"tokens_per_s": made / (time.monotonic() - began), "tokens_per_cpu_s": made / cpu_s}
+def s2(bench: Bench) -> None:
+    """One stream, one adapter and none."""
+    with bench.ours() as side:
+        _one_stream(bench, side, [1, 0])
+    for name, start in bench.peers():
+        with start(1) as side:
+            _one_stream(bench, side, [0] if name == "transformers" else [1, 0])
+    if "peft" in bench.options.peers:
+        rate = alone.run_peft(bench.model_dir, bench.adapters[:1], streams=1, prompt=16, tokens=32)
+        show("S2", "peft generate", "1 adapter", {"tokens_per_s": rate})
 
 
-def run_new_adapter(engine: Engine, bench: Bench) -> dict[str, float]:
-    """S3: `load_adapter`, then its first token, while 16 streams run on another one."""
-    running = [Stream() for _ in range(16)]
-    for listener in running:
-        engine.submit(bench.request(bench.adapters[0], prompt=64, tokens=100), listener)
-    while any(len(listener.times) < 5 for listener in running):
-        time.sleep(0.01)
-    began = time.monotonic()
-    engine.load_adapter(bench.adapters[-1]).result()
-    loaded_s = time.monotonic() - began
-    new = Stream()
-    engine.submit(bench.request(bench.adapters[-1], prompt=64, tokens=4), new)
-    new.done.wait()
-    ended = time.monotonic()
-    for listener in running:
-        listener.done.wait()
-    pairs = [(a, b - a) for each in running for a, b in zip(each.times, each.times[1:], strict=False)]
-    during = [gap for at, gap in pairs if began <= at <= ended]
-    return {
-        "loaded_s": loaded_s,
-        "first_token_s": loaded_s + new.first_s,
-        "worst_gap_ms": 1000 * max(during, default=0.0),
-        "gap_p50_ms": 1000 * statistics.median(gap for at, gap in pairs if at < began),
-    }
+def _one_stream(bench: Bench, side: Side, counts: list[int]) -> None:
+    for count in counts:
+        bench.streams(side, count, 1, prompt=16, tokens=4)
+        runs = [bench.streams(side, count, 1, prompt=16, tokens=bench.options.tokens)[0] for _ in range(3)]
+        rates = [run.tokens / (run.times[-1] - run.began) for run in runs]
+        found = {"tokens_per_s": statistics.median(rates), "lowest": min(rates), "highest": max(rates)}
+        what = "1 adapter" if count else "base"
+        show("S2", side.name, what, found)
+        print(f"S2  {side.name:<22}{what:<22}says {runs[0].text[:70]!r}", flush=True)
 
 
-def load_peft(bench: Bench) -> PeftModel:
-    """Plain peft with all adapters loaded."""
-    base = load_base_model(bench.model_dir, quantize_4bit=False, device=CPU, dtype=torch.float32)
-    model = PeftModel.from_pretrained(base, bench.adapters[0].path, adapter_name="a0")
-    for tuned in bench.adapters[1 : max(bench.options.adapters)]:
-        model.load_adapter(tuned.path, adapter_name=tuned.id)
-    model.train(False)
-    return model
+def s3(bench: Bench) -> None:
+    """From `succeeded` to the first word of the new model, and the longest wait of 16 running streams."""
+    with bench.ours() as side:
+        asyncio.run(_new_model(side))
 
 
-def open_engine(bench: Bench) -> Engine:
-    """The engine in exact fp32, as peft."""
-    limits = EngineLimits(
-        max_batch=max(bench.options.streams, 17), kv_bytes=3 * 10**9, prefix_bytes=0
+async def _new_model(side: Side) -> None:
+    client = openai.AsyncOpenAI(base_url=side.endpoint.base_url, api_key=sides.KEY)
+    file = await client.files.create(
+        file=io.BytesIO((json.dumps(sides.EXAMPLE) + "\n").encode() * 10), purpose="fine-tune"
     )
-    engine = Engine(bench.model_dir, limits=limits, device=CPU, dtype=torch.float32)
-    engine.start()
-    return engine
+    answers: list[Answer] = []
+    ended = asyncio.Event()
+
+    async def keep_asking(number: int) -> None:
+        while not ended.is_set():
+            request = body(side.endpoint, message(number, 64), 200, **side.body(0))
+            answers.append(await ask(side.endpoint, request))
+
+    running = [asyncio.create_task(keep_asking(number)) for number in range(16)]
+    await asyncio.sleep(STEADY_S)
+    job = await client.fine_tuning.jobs.create(
+        model=sides.MODEL, training_file=file.id, hyperparameters={"n_epochs": 1, "batch_size": 10}
+    )
+    while job.status not in ("succeeded", "failed", "cancelled"):
+        await asyncio.sleep(POLL_S)
+        job = await client.fine_tuning.jobs.retrieve(job.id)
+    if job.status != "succeeded":
+        raise SystemExit(f"{job.id} {job.status}: {job.error}")
+    seen = time.monotonic()
+    request = body(side.endpoint, message(99, 16), 4, model=str(job.fine_tuned_model))
+    first = await ask(side.endpoint, request)
+    ended.set()
+    await asyncio.gather(*running)
+    gaps = [(at, gap) for answer in answers for at, gap in answer.gaps]
+    during = [gap for at, gap in gaps if seen - 0.5 <= at <= first.times[0]]
+    before = [gap for at, gap in gaps if at < seen - 0.5]
+    found = {
+        "first_word_s": first.first_s,
+        "worst_gap_ms": 1000 * max(during, default=0.0),
+        "gap_p50_ms": 1000 * share(before, 0.5),
+        "gap_p99_ms": 1000 * share(before, 0.99),
+    }
+    show("S3", side.name, "16 streams", found)
 
 
-def show(what: str, figures: dict[str, float]) -> None:
-    """One line, at once."""
-    print(what, json.dumps({key: round(value, 3) for key, value in figures.items()}), flush=True)
+def s4(bench: Bench) -> None:
+    """The engine alone, then the same through the API: first words, processor time, tokens a second."""
+    options = bench.options
+    asked = [(None, message(number, options.prompt)) for number in range(64)]
+    with alone.running_engine(bench.model_dir) as engine:
+        alone.run(engine, asked[:1], 4)
+        lone = [alone.run(engine, [(None, message(n, 16))], 4)[0].first_s for n in range(10)]
+        cpu_s, answers = time.process_time(), alone.run(engine, asked, options.tokens)
+        cpu_s = time.process_time() - cpu_s
+    made = sum(answer.tokens for answer in answers)
+    per_token = {"first_alone_ms": 1000 * statistics.median(lone), "cpu_us_per_token": 1e6 * cpu_s / made}
+    show("S4", "engine alone", "64 streams", figures(answers) | per_token)
+    with bench.ours(max_requests_in_flight="128", prefix_cache_mb="0") as side:
+        bench.streams(side, 0, 1, prompt=16, tokens=4)
+        lone = [
+            asyncio.run(ask(side.endpoint, body(side.endpoint, message(n, 16), 4, **side.body(None)))).first_s
+            for n in range(10)
+        ]
+        before = _cpu_s(side)
+        answers = bench.streams(side, 0, 64, prompt=options.prompt, tokens=options.tokens)
+        after = _cpu_s(side)
+    made = sum(answer.tokens for answer in answers)
+    used = {f"{name}_us_per_token": 1e6 * (after[name] - before.get(name, 0.0)) / made for name in after}
+    per_token = {"first_alone_ms": 1000 * statistics.median(lone), **used}
+    show("S4", side.name, "64 streams", figures(answers) | per_token)
+
+
+def _cpu_s(side: Side) -> dict[str, float]:
+    """Seconds of processor time by part; databases and whatever else is there count as `others`."""
+    found = {"api": 0.0, "inference": 0.0, "others": 0.0}
+    for process in side.process.children(recursive=True):
+        words = " ".join(process.cmdline())
+        part = "inference" if "--queues inference" in words else "api" if words.endswith(" api") else "others"
+        times = process.cpu_times()
+        found[part] += times.user + times.system
+    return found
+
+
+def s5(bench: Bench) -> None:
+    """First words of prompts that share 300 tokens; the engine alone."""
+    tuned = alone.weights(bench.adapters, 1)[0]
+    without, cached = alone.prefix_cache(bench.model_dir, tuned, rounds=10)
+    found = {"without_s": statistics.median(without), "with_s": statistics.median(cached)}
+    show("S5", "engine alone", "300 shared tokens", found | {"ratio": found["without_s"] / found["with_s"]})
+
+
+def s6(bench: Bench) -> None:
+    """Memory and speed every half minute of random load, seeded."""
+    with bench.ours() as side:
+        asyncio.run(_random_load(bench, side))
+
+
+async def _random_load(bench: Bench, side: Side) -> None:
+    choose, answers = random.Random(6), []
+    ends = time.monotonic() + bench.options.minutes * 60
+
+    async def keep_asking() -> None:
+        while time.monotonic() < ends:
+            number = choose.choice([None, *range(len(bench.adapters))])
+            text, tokens = message(choose.randrange(10**6), choose.randint(4, 300)), choose.randint(1, 100)
+            request = body(side.endpoint, text, tokens, **side.body(number))
+            answers.append(await ask(side.endpoint, request))
+
+    running = [asyncio.create_task(keep_asking()) for _ in range(16)]
+    began, counted = time.monotonic(), 0
+    while time.monotonic() < ends:
+        await asyncio.sleep(min(30.0, max(0.1, ends - time.monotonic())))
+        made = sum(answer.tokens for answer in answers)
+        found = {f"{name}_mb": size / 2**20 for name, size in _rss(side).items()}
+        found["tokens_per_s"] = (made - counted) / 30.0
+        show("S6", side.name, f"{time.monotonic() - began:.0f} s", found)
+        counted = made
+    await asyncio.gather(*running)
+
+
+def _rss(side: Side) -> dict[str, int]:
+    found = {"api": 0, "inference": 0}
+    for process in side.process.children(recursive=True):
+        words = " ".join(process.cmdline())
+        part = "inference" if "--queues inference" in words else "api" if words.endswith(" api") else None
+        if part is not None:
+            found[part] = max(found[part], process.memory_info().rss)
+    return found
+
+
+def adapters(bench: Bench) -> None:
+    """Random ones of 64, 128, 256 and 500 adapters while memory holds 64; the engine alone."""
+    options = bench.options
+    steps = alone.residency(
+        bench.model_dir,
+        bench.adapters,
+        resident=options.resident,
+        stored=options.stored,
+        requests=options.requests,
+    )
+    for count, found in steps:
+        show("adapters", "engine alone", f"{options.resident} of {count} in memory", found)
+
+
+MODES: dict[str, Callable[[Bench], None]] = {
+    mode.__name__: mode for mode in (s1, s2, s3, s4, s5, s6, adapters)
+}
 
 
 def parse() -> argparse.Namespace:
     """What to measure."""
     arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("modes", nargs="*", default=list(MODES), choices=MODES)
     arguments.add_argument("--model", type=Path, default=Path(".venv/models/smollm2-135m-instruct"))
+    arguments.add_argument(
+        "--peers", nargs="*", default=[], choices=["llama", "transformers", "vllm", "peft"]
+    )
     arguments.add_argument("--adapters", type=int, nargs="+", default=[1, 8, 32])
     arguments.add_argument("--streams", type=int, default=32)
-    arguments.add_argument("--prompt", type=int, default=128)
+    arguments.add_argument("--prompt", type=int, default=88, help="words; the template adds 40 tokens")
     arguments.add_argument("--tokens", type=int, default=64)
-    arguments.add_argument(
-        "--peft-tokens", type=int, default=16, help="peft's static batch is slow; 0: not run"
-    )
-    arguments.add_argument("--runs", type=int, default=3)
+    arguments.add_argument("--peft-tokens", type=int, default=16, help="its batch is slow at many adapters")
+    arguments.add_argument("--runs", type=int, default=1)
+    arguments.add_argument("--minutes", type=float, default=4.0, help="of S6")
+    arguments.add_argument("--resident", type=int, default=64)
+    arguments.add_argument("--stored", type=int, nargs="+", default=[64, 128, 256, 500])
+    arguments.add_argument("--requests", type=int, default=200, help="of `adapters`, for each line")
     return arguments.parse_args()
 
 
 def main() -> None:
     """Measure and print."""
-    warnings.simplefilter("ignore")
-    options = parse()
-    with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(options.model, Path(folder), options)
-        engine = open_engine(bench)
-        peft = load_peft(bench) if options.peft_tokens else None
-        for tuned in bench.adapters[:-HELD_BACK]:
-            engine.load_adapter(tuned).result()
-        for _ in range(options.runs):
-            for count in options.adapters:
-                show(f"S1 ours, {count} adapters", run_engine(engine, bench, count, streams=options.streams))
-                if peft is not None:
-                    show(f"S1 peft, {count} adapters", run_peft(peft, bench, count, streams=options.streams))
-            show("S2 ours", run_engine(engine, bench, 1, streams=1))
-        show("S3 ours", run_new_adapter(engine, bench))
-        engine.stop()
-    print(
-        f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:.0f} MB, all sides together"
-    )
+    bench = Bench(parse())
+    for mode in bench.options.modes:
+        MODES[mode](bench)
 
 
 if __name__ == "__main__":
