@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from app.core import memory
 from tests.tiny import write_examples
 from tests.training.conftest import told
 from tests.training.test_resume import content, folders, metrics, run_until
 from worker.chat_template import TokenizedExample
-from worker.training import model
 from worker.training.errors import failure_of
 from worker.training.loop import train
 from worker.training.loss import Sums
@@ -80,7 +80,7 @@ def test_after_a_cut_the_run_equals_one_that_never_had_more_room(
     cut = told(train(make_spec(dropout=0.3), warm))
     (said,) = logs(cut)
     tokens = int(said.message.partition("parts of ")[2].split()[0])
-    monkeypatch.setitem(model._MAX_TOKENS, "cpu", tokens)
+    monkeypatch.setitem(memory.MOST_TOKENS, "cpu", tokens)
     small = told(train(make_spec(dropout=0.3, output_dir=make_spec().output_dir + "-small"), warm))
     assert logs(small) == []
     assert metrics(cut) == metrics(small)
@@ -90,7 +90,7 @@ def test_after_a_cut_the_run_equals_one_that_never_had_more_room(
 def test_parts_that_were_done_before_memory_ran_out_do_not_count_twice(
     make_spec: MakeSpec, warm: WarmBase, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(model._MAX_TOKENS, "cpu", 120)
+    monkeypatch.setitem(memory.MOST_TOKENS, "cpu", 120)
     spec = make_spec(learning_rate=1e-3)
     roomy = told(train(spec, warm))
     device.passes.clear()

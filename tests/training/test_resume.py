@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
+from app.core import memory
 from app.core.manifest import MANIFEST, TRAINING_STATE, verify
 from tests.tiny import write_examples
 from tests.training.conftest import told
 from worker.chat_template import TokenizedExample
-from worker.training import model
 from worker.training.loop import train
 from worker.training.model import TunedModel, WarmBase
 from worker.training.resume import PROGRESS
@@ -103,7 +103,7 @@ def test_a_step_left_in_the_middle_is_as_if_it_had_not_begun(
     make_run: MakeSpec, warm: WarmBase, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     """Asked to stop between two parts of a step: on a slow machine its end can be minutes away."""
-    monkeypatch.setitem(model._MAX_TOKENS, "cpu", 64)  # two or more parts a step
+    monkeypatch.setitem(memory.MOST_TOKENS, "cpu", 64)  # two or more parts a step
     whole = told(train(make_run(0), warm))
     stop, begun, first = threading.Event(), False, []
     for word in train(make_run(step), warm, stop=stop):
@@ -118,7 +118,7 @@ def test_a_step_left_in_the_middle_is_as_if_it_had_not_begun(
 
             monkeypatch.setattr(TunedModel, "sums", sums)
     monkeypatch.undo()
-    monkeypatch.setitem(model._MAX_TOKENS, "cpu", 64)
+    monkeypatch.setitem(memory.MOST_TOKENS, "cpu", 64)
     assert first[-1] == Stopped(step=step - 1)
     assert [word.step for word in metrics(first)] == list(range(1, step))
     second = told(train(make_run(10, resume_from=tuple(folders(first))), warm))

@@ -31,6 +31,7 @@ from worker.training.plan import Plan, read_plan
 from worker.training.pulse import Pulse
 from worker.training.record import Record
 from worker.training.resume import Progress, Resume, find_resume, step_of
+from worker.training.room import tokens_a_pass
 from worker.training.schedule import learning_rate_at
 from worker.training.state import RandomState, load_optimizer, save_optimizer
 from worker.training.step import Abandoned, StepPlan, train_step
@@ -121,9 +122,10 @@ class _Run:
             plan.validation.examples, seed=plan.spec.seed, steps_per_epoch=plan.steps_per_epoch
         )
         self._progress = Progress()
+        tuned.max_tokens = tokens_a_pass(plan, tuned.device, tuned.dtype)
         if resume is not None:
             self._progress = resume.progress
-            tuned.max_tokens = resume.progress.max_tokens or tuned.max_tokens
+            tuned.max_tokens = min(resume.progress.max_tokens or tuned.max_tokens, tuned.max_tokens)
             tuned.shrinks = resume.progress.shrinks
             load_optimizer(resume.folder, self._optimizer, tuned.parameters)
             RandomState.load(resume.folder).put_back(tuned.device)
@@ -217,7 +219,7 @@ class _Run:
             step=metrics.step,
             tokens_seen=self._progress.tokens_seen + tokens,
             elapsed_s=elapsed_s,
-            max_tokens=self._tuned.max_tokens if self._tuned.shrinks else None,
+            max_tokens=self._tuned.max_tokens,
             shrinks=self._tuned.shrinks,
         )
         if metrics.step % self._plan.steps_per_epoch == 0:

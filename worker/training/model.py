@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 
 from app.core.failures import FailureCode
+from app.core.memory import MOST_TOKENS
 from worker.base_model import compute_dtype, load_base_model, load_tokenizer
 from worker.chat_template import TokenizedExample
 from worker.training.attention import SEGMENTED
@@ -32,9 +33,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ADAPTER_CONFIG = "adapter_config.json"
-# Tokens per forward pass. On CPUs more than one example of the default max_length, which must fit anyway, so
-# that rows which share a long prompt come together; 1.35 MB a token, measured for a 135M model in float32.
-_MAX_TOKENS = {"cpu": 3072, "cuda": 16_384}
 MAX_SHRINKS = 4  # each halves the tokens of one pass
 
 
@@ -88,7 +86,7 @@ class TunedModel:
     ) -> None:
         self.model = model
         self.device = warm.device
-        self.max_tokens = _MAX_TOKENS[self.device.type]
+        self.max_tokens = MOST_TOKENS[self.device.type]
         self.shrinks = 0  # how often `max_tokens` was lowered
         # Exact only without dropout, which draws anew for each example.
         self._share_prefixes = spec.dropout == 0.0

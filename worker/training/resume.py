@@ -21,7 +21,7 @@ class Progress:
     step: int = 0  # steps that are done
     tokens_seen: int = 0
     elapsed_s: float = 0.0  # of training, without pauses
-    max_tokens: int | None = None  # of one pass, where it had to be lowered for lack of memory
+    max_tokens: int | None = None  # of one pass
     shrinks: int = 0  # how often it was
     base_full_valid_loss: float | None = None  # before the first step; None: not measured, or not finite
     full_valid_loss: float | None = None  # at the end of the last whole epoch
