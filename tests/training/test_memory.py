@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from app.core.memory import (
+    USABLE,
     Device,
     Method,
     Pass,
@@ -131,10 +132,10 @@ def test_a_pass_is_cut_to_what_a_small_device_holds_and_no_further_than_one_row(
     work = Workload(shape, Method("lora", rank=4), (Row(400, 400, 100),) * 64, 64, 0)
     roomy = work.tokens_a_pass(Device("cpu", memory_bytes=64 * 10**9))
     assert roomy == work.tokens_a_pass(CPU) == 3072
-    room = work.footprint(CPU, most_tokens=1000).total / 0.85
+    room = work.footprint(CPU, most_tokens=1000).total / USABLE["cpu"]
     tight = Device("cpu", memory_bytes=int(room))
     assert 400 <= work.tokens_a_pass(tight) <= 1000
-    assert work.peak_bytes(tight) <= 0.85 * room + 1
+    assert work.peak_bytes(tight) <= USABLE["cpu"] * room + 1
     assert work.fits(tight)
     assert not work.fits(Device("cpu", memory_bytes=work.least_bytes(CPU) - 1))
     assert work.cut(200).least_bytes(CPU) < work.least_bytes(CPU)
