@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ import openai
 import psutil
 import pytest
 
+from tests.e2e.crowd import crowd, make_keys
 from tests.e2e.flow import run_flow, training_lines, wait_final
 from tests.e2e.service import KEY, Service, running_service
 
@@ -144,6 +146,15 @@ def is_working(process: psutil.Process) -> bool:
         return sum(process.cpu_times()[:2]) - before > 0.2
     except psutil.NoSuchProcess:
         return False
+
+
+def test_two_hundred_open_streams_all_end_whole_and_no_project_is_passed_over(service: Service) -> None:
+    keys = make_keys(service, 2)
+    all_heard = asyncio.run(crowd(service.base_url, keys, streams=200, tokens=8, model="tiny"))
+    assert [heard.error for heard in all_heard if heard.error] == []
+    assert {heard.tokens for heard in all_heard} == {8}
+    first_half = sorted(all_heard, key=lambda heard: heard.ended)[:100]
+    assert 25 <= sum(heard.project for heard in first_half) <= 75
 
 
 def test_a_cancel_frees_the_trainer_at_once(client: openai.OpenAI, service: Service) -> None:
