@@ -41,8 +41,9 @@ class Bench:
         self.adapters = alone.make_adapters(BUILD / "adapters", self.model_dir, max(options.adapters))
 
     def ours(self, **settings: str) -> AbstractContextManager[Side]:
-        """The whole API with all adapters in memory."""
-        chosen = {"inference_dtype": "float32", "max_batch": "64", "kv_cache_mb": "3000", **settings}
+        """The whole API with all adapters in memory; a slow machine is measured, not refused."""
+        chosen = {"inference_dtype": "float32", "max_batch": "64", "kv_cache_mb": "3000"}
+        chosen |= {"first_word_s": "240", **settings}
         return sides.ours(BUILD / "data", self.adapters, self.model_dir, **chosen)
 
     def peers(self) -> Iterator[tuple[str, Callable[[int], AbstractContextManager[Side]]]]:
@@ -219,8 +220,8 @@ def s5(bench: Bench) -> None:
 
 
 def s6(bench: Bench) -> None:
-    """Memory and speed every half minute of random load, seeded."""
-    with bench.ours() as side:
+    """Memory and speed every half minute of random load, seeded; settings as they come."""
+    with bench.ours(max_batch="32", kv_cache_mb="1024") as side:
         asyncio.run(_random_load(bench, side))
 
 
@@ -236,14 +237,15 @@ async def _random_load(bench: Bench, side: Side) -> None:
             answers.append(await ask(side.endpoint, request))
 
     running = [asyncio.create_task(keep_asking()) for _ in range(16)]
-    began, counted = time.monotonic(), 0
+    began = since = time.monotonic()
+    counted = 0
     while time.monotonic() < ends:
         await asyncio.sleep(min(30.0, max(0.1, ends - time.monotonic())))
         made = sum(answer.tokens for answer in answers)
         found = {f"{name}_mb": size / 2**20 for name, size in _rss(side).items()}
-        found["tokens_per_s"] = (made - counted) / 30.0
+        found["tokens_per_s"] = (made - counted) / (time.monotonic() - since)
         show("S6", side.name, f"{time.monotonic() - began:.0f} s", found)
-        counted = made
+        counted, since = made, time.monotonic()
     await asyncio.gather(*running)
 
 
