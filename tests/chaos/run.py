@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import random
+import shutil
 import sys
 import time
 import traceback
@@ -109,6 +110,7 @@ def try_fault(
                 findings.wrong.extend(f"fsck: {line[:300]}" for line in wrong[:6] or lines[:6])
             elif leftovers:
                 run.notes.append(f"{len(leftovers)} leftovers of killed writers wait for their age")
+                drop(service, leftovers)
     except Exception as error:
         run.failures.append(f"after the fault: {type(error).__name__}: {error}")
         traceback.print_exc()
@@ -126,6 +128,13 @@ def settle(service: Service, *, timeout_s: float = 10.0) -> None:
         if not open_rows and not any((service.storage / "attempts").iterdir()):
             return
         time.sleep(0.1)
+
+
+def drop(service: Service, leftovers: list[str]) -> None:
+    """Remove what housekeeping would by its age, so that no later fault is blamed for it."""
+    for line in leftovers:
+        path = service.storage / line.split()[2].rstrip(":")
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def say(line: str) -> None:
