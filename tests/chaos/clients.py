@@ -281,12 +281,16 @@ def wait_readiness(run: Run, code: int, *, timeout_s: float) -> float:
 def crowding(run: Run) -> None:
     for _ in run.rounds():
         with run.pace(0.1):
-            crowd_jobs = run.start_jobs(60, steps=3)
+            crowd_jobs = run.start_jobs(60, steps=6)
             run.wait_step(crowd_jobs[0])
-            last = run.tenant.wait(crowd_jobs[-1], "queued")
+            run.tenant.wait(crowd_jobs[-1], "queued")
+            most = count_waiting(run, crowd_jobs, "queued", "validating_files")
+            last = run.tenant.get(crowd_jobs[-1])
+            least = count_waiting(run, crowd_jobs, "queued")
             position = (last.luthier or {}).get("queue_position")
             run.check(
-                isinstance(position, int) and position > 20, f"the last of 60 is told position {position}"
+                isinstance(position, int) and least <= position <= most,
+                f"the last is told position {position}, with {least} to {most} waiting",
             )
             asked = time.time()
             one = run.tenants[1].create(steps=3)
@@ -308,3 +312,9 @@ def crowding(run: Run) -> None:
         started = len(between)  # each worker may have been taking one at that very moment
         run.check(started <= len(TRAINING), f"{started} jobs of A began while the job of B waited")
         run.finish()
+
+
+def count_waiting(run: Run, jobs: list[str], *states: str) -> int:
+    """How many of these jobs are in one of the states."""
+    query = "SELECT count(*) AS n FROM jobs WHERE id = ANY(:ids) AND status = ANY(:states)"
+    return int(truth.rows(run.service.engine, query, ids=jobs, states=list(states))[0].n)
