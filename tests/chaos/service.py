@@ -56,6 +56,8 @@ SETTINGS = {
     "first_word_s": 20.0,
     "inference_dtype": "float32",
     "inference_models": "tiny",
+    "adapter_memory_mb": 4,  # caches that are soon full, so that their filling looks like no leak
+    "prefix_cache_mb": 4,
     "log_level": "INFO",
 }
 

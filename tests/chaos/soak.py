@@ -64,6 +64,7 @@ def soak(service: Service, *, seconds: float, seed: int) -> tuple[list[Result], 
     chance = random.Random(f"soak {seed}")
     names = sorted(set(ALL) - LEFT_OUT)
     results: list[Result] = []
+    try_faults(service, [ALL["F40"]], seed=seed, n=1, whole=False)  # opens every pool of the API
     until = time.monotonic() + seconds
     with Watch(service) as watch:
         while time.monotonic() < until:
