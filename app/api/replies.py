@@ -108,6 +108,7 @@ class ReplyReader:
         self._last = b"0-0"
         self._untrimmed = 0
         self._stopping: set[asyncio.Task[None]] = set()
+        self._over = False
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -116,6 +117,7 @@ class ReplyReader:
         try:
             yield
         finally:
+            self._over = True  # the client may take the cancel for a broken connection
             task.cancel()
             await asyncio.gather(task, *self._stopping, return_exceptions=True)
             with suppress(RedisError, OSError):
@@ -142,7 +144,7 @@ class ReplyReader:
 
     async def _run(self) -> None:
         pause_s = RETRY_FIRST_S
-        while True:
+        while not self._over:
             try:
                 await self._read()
                 pause_s = RETRY_FIRST_S

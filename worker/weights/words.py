@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -48,7 +49,8 @@ def reporting_size(folder: Path, on_progress: OnProgress, total_bytes: int | Non
 def size_of(folder: Path) -> int:
     """Bytes of all files below `folder`; files that vanish meanwhile count nothing."""
     total = 0
-    for path in folder.rglob("*"):
-        with suppress(OSError):
-            total += path.stat().st_size if path.is_file() else 0
+    for place, _, names in os.walk(folder):  # passes over folders that vanish
+        for name in names:
+            with suppress(OSError):
+                total += Path(place, name).stat().st_size
     return total
