@@ -13,13 +13,10 @@ import resource
 import subprocess
 import sys
 import tempfile
-from collections.abc import Generator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, TypeVar
 
-T = TypeVar("T")
 TOKENS_A_STEP = 4096
 LENGTHS = (256, 512, 1024, 2048, 4096)
 TIMES = (1, 2, 4, 8)
@@ -114,6 +111,7 @@ def run(case: Case, model_dir: Path, threads: int) -> dict[str, float]:
 
     from app.core.memory import Device, Method, Workload
     from app.core.shapes import read_shape
+    from benchmarks.train import result
     from worker.chat_template import ChatTemplate
     from worker.training.data import read_split
     from worker.training.loop import train
@@ -159,16 +157,6 @@ def run(case: Case, model_dir: Path, threads: int) -> dict[str, float]:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1)
     seconds = median(times[1:])  # the first one also touches every page of memory for the first time
     return {"predicted": work.peak_bytes(Device()), "peak": peak, "s_a_token": seconds}
-
-
-def result(words: Generator[Any, None, T]) -> T:
-    """What a generator returns in the end."""
-    while True:
-        try:
-            next(words)
-        except StopIteration as stop:
-            value: T = stop.value
-            return value
 
 
 if __name__ == "__main__":

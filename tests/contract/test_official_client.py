@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,6 @@ from tests.factories import make_finished_job, make_job
 
 MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": "hi"}]
 LINE = b'{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}\n'
-
-
-@pytest.fixture
-def client(tenant: Tenant, server_url: str) -> Iterator[openai.OpenAI]:
-    """The client as a user makes it, but strict."""
-    with openai.OpenAI(
-        api_key=tenant.secret, base_url=f"{server_url}/v1", _strict_response_validation=True
-    ) as client:
-        yield client
 
 
 @pytest.fixture

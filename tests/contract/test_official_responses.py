@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from typing import Any
 
 import openai
@@ -30,15 +29,6 @@ class Ticket(BaseModel):
 
     urgency: str
     count: int
-
-
-@pytest.fixture
-def client(tenant: Tenant, server_url: str) -> Iterator[openai.OpenAI]:
-    """The client as a user makes it, but strict."""
-    with openai.OpenAI(
-        api_key=tenant.secret, base_url=f"{server_url}/v1", _strict_response_validation=True
-    ) as client:
-        yield client
 
 
 def test_a_response_is_made_found_gone_on_from_and_deleted(

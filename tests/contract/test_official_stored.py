@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import openai
@@ -13,15 +12,6 @@ from tests.api.conftest import Tenant
 from tests.api.workers import InferenceWorker
 
 ASKED: dict[str, Any] = {"model": DEFAULT_BASE_MODEL, "messages": [{"role": "user", "content": "hi"}]}
-
-
-@pytest.fixture
-def client(tenant: Tenant, server_url: str) -> Iterator[openai.OpenAI]:
-    """The client as a user makes it, but strict."""
-    with openai.OpenAI(
-        api_key=tenant.secret, base_url=f"{server_url}/v1", _strict_response_validation=True
-    ) as client:
-        yield client
 
 
 def test_completions_are_stored_listed_changed_and_deleted(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import openai
@@ -11,7 +10,6 @@ from pydantic import BaseModel
 
 from app.core.base_models import DEFAULT_BASE_MODEL
 from app.core.completions import FinishReason
-from tests.api.conftest import Tenant
 from tests.api.workers import InferenceWorker, says
 
 ASKED: dict[str, Any] = {"model": DEFAULT_BASE_MODEL, "messages": [{"role": "user", "content": "hi"}]}
@@ -22,15 +20,6 @@ class Ticket(BaseModel):
 
     urgency: str
     count: int
-
-
-@pytest.fixture
-def client(tenant: Tenant, server_url: str) -> Iterator[openai.OpenAI]:
-    """The client as a user makes it, but strict."""
-    with openai.OpenAI(
-        api_key=tenant.secret, base_url=f"{server_url}/v1", _strict_response_validation=True
-    ) as client:
-        yield client
 
 
 def test_parse_gives_the_model_class_that_was_asked_for(
